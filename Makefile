@@ -1,0 +1,23 @@
+# Each target sets up its own environment below .venv/, with the versions of constraints.txt.
+PYTHON ?= python3
+# Threads that wait by spinning cost more than they give on small machines.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/quickstart/installed
+	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
+
+test: .venv/test/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/dev/installed
+	.venv/dev/bin/ruff check . && .venv/dev/bin/ruff format --check .
+
+.venv/%/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,25 @@
+"""High-rank fine-tuning at LoRA's cost: ScaLoRA for Hugging Face PEFT. Importing registers the method."""
+
+from importlib import import_module
+
+from .config import ScaLoRAConfig
+from .register import register
+from .rescale import RescaleReport, rescale
+from .version import __version__
+
+# Imported on first use: they need parts of transformers that a plain training script does not.
+_LAZY = {
+    "ExportReport": "export",
+    "ScaLoRACallback": "callbacks",
+    "effective_rank": "export",
+    "export_lora": "export",
+}
+__all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "rescale", *_LAZY]
+
+register()
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

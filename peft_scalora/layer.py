@@ -1,0 +1,314 @@
+"""ScaLoRA layers: any of PEFT's LoRA layers plus the change that rescaling has folded out of its factors."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraLayer, _ConvNd
+from torch import Tensor, nn
+
+from .accumulator import singular_values
+from .config import ScaLoRAConfig
+
+# Every live ScaLoRA layer, so that a hook on any optimizer can find the layers whose parameters it steps.
+LAYERS: weakref.WeakSet[ScaLoRALayer] = weakref.WeakSet()
+
+
+class Held(nn.Module):
+    """A buffer named `weight` that moves with the model but keeps its dtype, as accumulated state has to."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.register_buffer("weight", tensor)
+
+    def _apply(self, fn, recurse=True):
+        moved = fn(self.weight)
+        self.weight = moved if moved.dtype == self.weight.dtype else self.weight.to(moved.device)
+        return self
+
+
+class HostHeld(Held):
+    """A few numbers that stay on the CPU, where reading one does not wait for the accelerator."""
+
+    def _apply(self, fn, recurse=True):
+        return self
+
+
+class HeldDict(nn.ModuleDict):
+    """Adapter name -> tensor, saved as `<name>.weight` like the factors of `lora_A` (hotswap and TRL rely on that)."""
+
+    held = Held
+
+    def __getitem__(self, key: str) -> Tensor:
+        return super().__getitem__(key).weight
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        super().__setitem__(key, self.held(tensor))
+
+
+class HostHeldDict(HeldDict):
+    held = HostHeld
+
+
+class _Number:
+    """One entry of `Progress.numbers` as a Python int."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __get__(self, progress: Progress, owner: type) -> int:
+        return progress.numbers[self.index].item()
+
+    def __set__(self, progress: Progress, value: int) -> None:
+        progress.numbers[self.index] = value
+
+
+class Progress:
+    """What the host has to know of one adapter in one layer: a view of the saved tensor `scalora_progress`."""
+
+    steps = _Number(0)  # optimizer steps seen
+    rescalings = _Number(1)
+    columns = _Number(2)  # columns of U in use
+
+    def __init__(self, numbers: Tensor):
+        self.numbers = numbers
+
+
+class ScaLoRALayer:
+    """Mixin over a PEFT LoRA layer: W x + s B A x + U V x, with U (out x R) and V (R x in) in float32.
+
+    A dense accumulator keeps the folded change itself in U (out x in) and has an empty V (0 x in).
+    """
+
+    def _add_accumulator(self, adapter: str, config: ScaLoRAConfig) -> None:
+        """Create U, V and the saved progress of a new adapter, all zero."""
+        for name, kind in (
+            ("scalora_U", HeldDict),
+            ("scalora_V", HeldDict),
+            ("scalora_norms", HeldDict),
+            ("scalora_progress", HostHeldDict),
+        ):
+            if name not in self._modules:
+                setattr(self, name, kind())
+        self.__dict__.setdefault("scalora_config", {})[adapter] = config
+        lora_B, lora_A = self.factors(adapter)
+        out_features, in_features = lora_B.shape[0], lora_A.flatten(1).shape[1]
+        dense = config.accumulator == "dense"
+        rank = config.accumulator_rank_for(self.r[adapter], out_features, in_features)
+        device = self._accumulator_device()
+        U = torch.zeros(out_features, in_features if dense else rank, device=device)
+        self.scalora_U[adapter] = U
+        self.scalora_V[adapter] = torch.zeros(0 if dense else rank, in_features, device=device)
+        self.scalora_norms[adapter] = torch.stack([self._initial_column_norm2(adapter).to(device), U.new_zeros(())])
+        self.scalora_progress[adapter] = torch.zeros(3, dtype=torch.int64)
+        LAYERS.add(self)
+
+    def _accumulator_device(self) -> torch.device:
+        """The base weight's device: the factors may still be on the meta device while an adapter is loaded."""
+        base = self.get_base_layer()
+        for name in ("weight", "qweight", "W_q", "in_proj_weight"):
+            if getattr(base, name, None) is not None:
+                return getattr(base, name).device
+        return next(base.parameters()).device
+
+    def _initial_column_norm2(self, adapter: str) -> Tensor:
+        """Mean squared column norm of the factor that does not start at zero; nan until a loaded adapter has one."""
+        return _mean_squared_norm(self.factors(adapter)[1], dim=1)
+
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters (lora_B, lora_A): paper A (out x r) and paper B transposed (r x in), before flattening."""
+        return self.lora_B[adapter].weight, self.lora_A[adapter].weight
+
+    def progress(self, adapter: str) -> Progress:
+        return Progress(self.scalora_progress[adapter])
+
+    def is_dense(self, adapter: str) -> bool:
+        return self.scalora_V[adapter].shape[0] == 0
+
+    def initial_scaling(self, adapter: str) -> float:
+        """s = lora_alpha / r (or / sqrt(r)) as configured: the scale at which change is folded into U V."""
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def _relative_scale(self, adapter: str) -> float | Tensor:
+        """How far set_scale, scale_layer and the like have moved the adapter from its configured scale."""
+        initial = self.initial_scaling(adapter)
+        return self.scaling[adapter] / initial if initial else 1.0
+
+    def _accumulated_factors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The columns of U and rows of V in use, scaled and cast; None while nothing has been folded."""
+        U, V = self.scalora_U[adapter], self.scalora_V[adapter]
+        # A compiled graph wants one shape: all R columns, of which the unused are zero.
+        if not torch.compiler.is_compiling():
+            columns = self.progress(adapter).columns
+            if columns == 0:
+                return None
+            if not self.is_dense(adapter):
+                U, V = U[:, :columns], V[:columns]
+        scale = self._relative_scale(adapter)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            U = U * scale
+        return U.to(dtype), V.to(dtype)
+
+    def _accumulated_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """U V x, or U x for a dense accumulator. Shapes: x (..., in) -> (..., out)."""
+        x = x.to(U.dtype)
+        return F.linear(x, U) if self.is_dense(adapter) else F.linear(F.linear(x, V), U)
+
+    def _add_accumulated(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        if adapter not in self.scalora_U:
+            return result
+        factors = self._accumulated_factors(adapter, self.factors(adapter)[1].dtype)
+        if factors is None:
+            return result
+        return result + self._accumulated_output(adapter, x, *factors).to(result.dtype)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        result = super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        names = kwargs.get("adapter_names")
+        if names is None:
+            for adapter in self.active_adapters:
+                result = self._add_accumulated(adapter, x, result)
+            return result
+        for adapter in sorted(set(names) & self.scalora_U.keys()):
+            rows = [row for row, name in enumerate(names) if name == adapter]
+            result[rows] = self._add_accumulated(adapter, x[rows], result[rows])
+        return result
+
+    def accumulated_weight(self, adapter: str) -> Tensor:
+        """The folded change, float32 (out x in): U V at the scale it is applied with."""
+        factors = self._accumulated_factors(adapter, torch.float32)
+        if factors is None:
+            lora_B, lora_A = self.factors(adapter)
+            return self.scalora_U[adapter].new_zeros(lora_B.shape[0], lora_A.flatten(1).shape[1])
+        U, V = factors
+        return U if self.is_dense(adapter) else U @ V
+
+    def get_delta_weight(self, adapter: str, *args, **kwargs) -> Tensor:
+        """The whole weight change in the layout of the base weight: merging and PEFT's conversions use it."""
+        delta = super().get_delta_weight(adapter, *args, **kwargs)
+        if adapter not in self.scalora_U or self.progress(adapter).columns == 0:
+            return delta
+        accumulated = self.accumulated_weight(adapter)
+        accumulated = accumulated.T if self._delta_is_transposed() else accumulated
+        return (delta.float() + accumulated.reshape(delta.shape).to(delta.device)).to(delta.dtype)
+
+    def _delta_is_transposed(self) -> bool:
+        return bool(getattr(self, "fan_in_fan_out", False))
+
+    def change_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Factors P (out x k) and Q (k x in) of the whole weight change s B A + U V, float32, k = r + columns in use."""
+        lora_B, lora_A = (p.detach().flatten(1).float() for p in self.factors(adapter))
+        factors = self._accumulated_factors(adapter, torch.float32)
+        P, Q = lora_B * self.scaling[adapter], lora_A
+        if factors is None:
+            return P, Q
+        U, V = factors
+        if self.is_dense(adapter):
+            V = torch.eye(U.shape[1], device=U.device)
+        return torch.cat([P, U], 1), torch.cat([Q, V], 0)
+
+    def change_singular_values(self, adapter: str) -> Tensor:
+        """Singular values of the whole weight change, descending, float64."""
+        if self.is_dense(adapter):
+            P, Q = self.change_factors(adapter)
+            return torch.linalg.svdvals(P.double() @ Q.double())
+        return singular_values(*self.change_factors(adapter))
+
+    # What PEFT does with an adapter, extended to the accumulated state.
+
+    def update_layer(self, adapter_name: str, *args, config: ScaLoRAConfig, **kwargs) -> None:
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        self._add_accumulator(adapter_name, config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for held in (self.scalora_U, self.scalora_V, self.scalora_norms, self.scalora_progress, self.scalora_config):
+            if adapter_name in held:
+                del held[adapter_name]
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in getattr(self, "scalora_U", {}):
+            for held in (self.scalora_U, self.scalora_V, self.scalora_norms):
+                held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
+
+    def __setstate__(self, state: dict) -> None:
+        """Copies and unpickled layers have to be found by the optimizer hook too."""
+        super().__setstate__(state)
+        LAYERS.add(self)
+
+
+class _EmbeddingMixin(ScaLoRALayer):
+    """lora_embedding_B (dim x r) starts random and lora_embedding_A (r x num) at zero: the reverse of Linear."""
+
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_embedding_B[adapter], self.lora_embedding_A[adapter]
+
+    def _initial_column_norm2(self, adapter: str) -> Tensor:
+        return _mean_squared_norm(self.factors(adapter)[0], dim=0)
+
+    def _accumulated_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        output = self._embed(x, U.T) if self.is_dense(adapter) else self._embed(x, V.T) @ U.T
+        scale = self._get_embed_scale()
+        return output if scale is None else output * scale.to(output.dtype)
+
+    def _delta_is_transposed(self) -> bool:
+        return True
+
+
+class _ConvMixin(ScaLoRALayer):
+    """lora_A (r, in, *kernel) and lora_B (out, r, 1...) are the factors of the flattened kernel (out x in*kernel)."""
+
+    def _accumulated_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        conv = self.lora_A[adapter]
+        x, kernel = x.to(U.dtype), conv.weight.shape[1:]
+        if self.is_dense(adapter):
+            return conv._conv_forward(x, U.view(-1, *kernel), None)
+        hidden = conv._conv_forward(x, V.view(-1, *kernel), None)
+        return self.lora_B[adapter]._conv_forward(hidden, U.view(*U.shape, *(1 for _ in kernel[1:])), None)
+
+
+class _AttentionMixin(ScaLoRALayer):
+    """nn.MultiheadAttention is adapted by merging before and unmerging after each call: get_delta_weight is enough."""
+
+    def forward(self, query: Tensor, *args, **kwargs):
+        return super(ScaLoRALayer, self).forward(query, *args, **kwargs)
+
+
+def _mean_squared_norm(factor: Tensor, dim: int) -> Tensor:
+    if factor.is_meta:
+        return torch.tensor(math.nan)
+    return factor.detach().flatten(1).double().square().sum(dim).mean().float()
+
+
+@lru_cache(maxsize=None)
+def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
+    """The ScaLoRA version of one of PEFT's LoRA layer classes (Linear, Linear4bit, Conv2d, ...)."""
+    mixin = ScaLoRALayer
+    for base, special in ((lora.Embedding, _EmbeddingMixin), (_ConvNd, _ConvMixin)):
+        mixin = special if issubclass(cls, base) else mixin
+    if issubclass(cls, lora.layer.MultiheadAttention):
+        mixin = _AttentionMixin
+    return type(f"ScaLoRA{cls.__name__}", (mixin, cls), {"__module__": __name__})
+
+
+def make_scalora(layer: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:
+    """Turn a LoRA layer that PEFT has just built, for whatever backend, into its ScaLoRA version in place."""
+    layer.__class__ = scalora_class(type(layer))
+    layer._add_accumulator(adapter, config)
+
+
+def __getattr__(name: str) -> type:
+    """Classes by name, for unpickling in a process that has not built the layer yet."""
+    cls = getattr(lora, name.removeprefix("ScaLoRA"), None) if name.startswith("ScaLoRA") else None
+    if not (isinstance(cls, type) and issubclass(cls, LoraLayer)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return scalora_class(cls)

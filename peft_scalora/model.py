@@ -1,0 +1,146 @@
+"""ScaLoRAModel: LoRA's model with ScaLoRA layers on every backend that PEFT builds LoRA layers for."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
+
+from .accumulator import truncate
+from .config import ScaLoRAConfig
+from .layer import ScaLoRALayer, make_scalora
+
+# Combination types whose result PEFT defines on the whole weight change, and on the factors' entries.
+_ON_CHANGE = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+_ON_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+def _is_rescalable(layer: LoraLayer, adapter: str) -> bool:
+    """Whether the layer's change is one product lora_B @ lora_A of PEFT's own making."""
+    if isinstance(layer, ParamWrapper) or not type(layer).__module__.startswith("peft."):
+        return False
+    grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
+    return not grouped and (adapter in layer.lora_A or adapter in layer.lora_embedding_A)
+
+
+class ScaLoRAModel(LoraModel):
+    """A base model with ScaLoRA adapters; built by `peft.get_peft_model(model, ScaLoRAConfig(...))`."""
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """DDP would broadcast the accumulated state of rank 0 before every forward; all ranks compute the same one."""
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if "scalora_" in name]
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+        if getattr(base, "_hf_tp_plan", None) is not None:
+            raise ValueError(
+                f"ScaLoRA does not support tensor parallelism: {current_key} has _hf_tp_plan={base._hf_tp_plan!r}. "
+                "Load the model without tp_plan, or use peft.LoraConfig."
+            )
+        if getattr(lora_config, "target_modules_to_tie", None):
+            raise ValueError(
+                f"ScaLoRA does not support ensure_weight_tying=True for target_modules={target_name!r}: tied layers "
+                "would share one pair of factors. Set ensure_weight_tying=False, or target only one of the tied layers."
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: ScaLoRAConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
+        new_module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        # nn.MultiheadAttention nests a second LoRA layer, its output projection.
+        for layer in [module for module in new_module.modules() if isinstance(module, LoraLayer)]:
+            if _is_rescalable(layer, adapter_name):
+                make_scalora(layer, adapter_name, lora_config)
+            else:
+                warnings.warn(
+                    f"{kwargs.get('target_name')}: rescaling is not defined for {type(layer).__name__} over "
+                    f"{type(layer.get_base_layer()).__name__}; this layer is trained as plain LoRA."
+                )
+        return new_module
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        _warn_if_never_rescaled(model, adapter_name, config)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
+        raise ValueError(
+            "ScaLoRA does not support path_initial_model_for_weight_conversion: it converts adapters that changed the "
+            "base weights. Use peft_scalora.export_lora for a plain LoRA adapter."
+        )
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", *args, **kwargs) -> None:
+        """Combine adapters as PEFT does, with their accumulated change.
+
+        "svd" and the "*_svd" types act on the whole change. "linear" and "cat" combine the factors as for LoRA and add
+        the accumulated changes with the same weights, exactly (the new accumulator has the sum of their ranks).
+        "ties", "dare_linear", "dare_ties" and "magnitude_prune" compare entries of the factors, which have no
+        counterpart in accumulated change: refused as soon as there is some, use their "*_svd" types.
+        """
+        if adapter_name in self.peft_config:
+            return
+        layers = [layer for layer in self.modules() if isinstance(layer, ScaLoRALayer)]
+        known = [name for name in adapters if name in self.peft_config]
+        has_change = any(layer.progress(a).columns for layer in layers for a in known if a in layer.scalora_U)
+        if combination_type in _ON_ENTRIES and has_change and len(adapters) > 1:
+            raise ValueError(
+                f"ScaLoRA does not support combination_type={combination_type!r} for adapters that have been rescaled: "
+                f"use {combination_type + '_svd'!r}, which acts on the whole weight change."
+            )
+        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
+        for layer in layers:
+            parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]
+            if parts and adapter_name in layer.scalora_U:
+                _combine_progress(layer, [name for name, _ in parts], adapter_name)
+                if combination_type not in _ON_CHANGE or len(adapters) == 1:
+                    _combine_accumulated(layer, parts, adapter_name)
+        self.peft_config[adapter_name].accumulator_rank = max(
+            (layer.scalora_V[adapter_name].shape[0] for layer in layers if adapter_name in layer.scalora_U),
+            default=None,
+        )
+
+
+def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> None:
+    new, old = layer.progress(new_name), [layer.progress(name) for name in names]
+    new.steps = max(progress.steps for progress in old)
+    new.rescalings = max(progress.rescalings for progress in old)
+
+
+def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], new_name: str) -> None:
+    """Give the new adapter Σ weight · U V of the parts, with room for the sum of their ranks."""
+    progress = layer.progress(new_name)
+    if layer.is_dense(new_name):
+        layer.scalora_U[new_name].copy_(sum(weight * layer.accumulated_weight(name) for name, weight in parts))
+        progress.columns = 1
+        return
+    factors = [(layer._accumulated_factors(name, torch.float32), weight) for name, weight in parts]
+    factors = [(weight * U, V) for (U, V), weight in ((f, w) for f, w in factors if f is not None)]
+    if not factors:
+        return
+    U, V = torch.cat([U for U, _ in factors], 1), torch.cat([V for _, V in factors], 0)
+    room = min(sum(layer.scalora_V[name].shape[0] for name, _ in parts), U.shape[0], V.shape[1])
+    if U.shape[1] > room:
+        (U,), (V,), _ = truncate(U[None], V[None], room)
+    layer.scalora_U[new_name] = U.new_zeros(U.shape[0], room)
+    layer.scalora_V[new_name] = V.new_zeros(room, V.shape[1])
+    layer.scalora_U[new_name][:, : U.shape[1]] = U
+    layer.scalora_V[new_name][: V.shape[0]] = V
+    progress.columns = U.shape[1]
+
+
+def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
+    """A trained adapter whose steps nobody counted would be plain LoRA without anybody noticing."""
+    layers = [m for m in model.modules() if isinstance(m, ScaLoRALayer) and adapter in m.scalora_U]
+    if config.init_lora_weights not in (True, "gaussian") or any(m.progress(adapter).steps for m in layers):
+        return
+    if any(all(bool(p.detach().any()) for p in m.factors(adapter) if not p.is_meta) for m in layers):
+        warnings.warn(
+            f"The ScaLoRA adapter {adapter!r} has been trained but never rescaled, so it is a plain LoRA adapter: no "
+            "torch optimizer whose step hooks run has stepped it. Call peft_scalora.rescale(model, optimizer) before "
+            "each optimizer step, or train with an optimizer derived from torch.optim.Optimizer."
+        )

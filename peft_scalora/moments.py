@@ -1,0 +1,110 @@
+"""Carrying optimizer state through a rescaling.
+
+∂loss/∂Ã = s G B̃ = (∂loss/∂A) diag(β): the gradient history of a factor is scaled by the *other* factor's scales
+(Lemmas 3.3, 3.6). A state that is linear in past gradients is multiplied by that scale, one that holds their squares by
+its square, one that holds ratios of both not at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Optimizer class name -> state name -> power of the scale.
+_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+RULES: dict[str, dict[str, int]] = {
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "NAdam": _ADAM,
+    "RAdam": _ADAM,
+    "Adamax": {"exp_avg": 1, "exp_inf": 1},
+    "Adagrad": {"sum": 2},
+    "RMSprop": {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
+    "SGD": {"momentum_buffer": 1},
+    "Muon": {"momentum_buffer": 1},
+    "Lion": {"exp_avg": 1},
+}
+# bitsandbytes names its states state1 and state2 whatever the optimizer, and says which one it is.
+_BITSANDBYTES_RULES: dict[str, dict[str, int]] = {
+    "adam": {"state1": 1, "state2": 2},
+    "momentum": {"state1": 1},
+    "lion": {"state1": 1},
+    "rmsprop": {"state1": 2},
+    "adagrad": {"state1": 2},
+}
+_BITSANDBYTES_BLOCK = 256
+
+
+def rule_for(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """State name -> power of the scale; empty for an optimizer without a rule."""
+    if hasattr(optimizer, "optimizer_name"):  # bitsandbytes
+        return _BITSANDBYTES_RULES.get(optimizer.optimizer_name, {})
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in RULES:
+            return RULES[cls.__name__]
+    return {}
+
+
+def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
+    """Refuse an optimizer that keeps per-element state of `param` for which there is no rule.
+
+    Raises:
+        TypeError: names the optimizer, the state, and the optimizers that work.
+    """
+    rule = rule_for(optimizer)
+    unknown = [
+        name
+        for name, value in optimizer.state.get(param, {}).items()
+        if isinstance(value, Tensor) and value.shape == param.shape and name not in rule
+    ]
+    if unknown:
+        raise TypeError(
+            f"ScaLoRA cannot carry the state {', '.join(map(repr, unknown))} of optimizer "
+            f"{type(optimizer).__name__} through a rescaling. Optimizers that work: {', '.join(sorted(RULES))}, and "
+            f"bitsandbytes' {', '.join(sorted(_BITSANDBYTES_RULES))} in 32 and 8 bit. Use one of these, or a "
+            "scaling_interval longer than the training to keep plain LoRA."
+        )
+
+
+def multiply(tensors: list[Tensor], scale_LR: Tensor, dim: int) -> None:
+    """Multiply matrices of one shape in place, layer l by scale_LR[l] along `dim` (0 rows, 1 columns).
+
+    Convolution kernels count as matrices of their flattened trailing dimensions. The product is rounded once.
+    """
+    if not tensors:
+        return
+    stacked = torch.stack([tensor.detach() for tensor in tensors])
+    shape = [scale_LR.shape[0]] + [1] * (stacked.dim() - 1)
+    shape[1 + dim] = scale_LR.shape[1]
+    torch._foreach_copy_([tensor.detach() for tensor in tensors], list((stacked * scale_LR.view(shape)).unbind()))
+
+
+def transport(optimizer: torch.optim.Optimizer, params: list[Tensor], scale_LR: Tensor, dim: int) -> None:
+    """Multiply the state of factors of one shape by powers of the other factor's scales along `dim`."""
+    for name, power in rule_for(optimizer).items():
+        held = [i for i, p in enumerate(params) if isinstance(optimizer.state.get(p, {}).get(name), Tensor)]
+        if not held or power == 0:
+            continue
+        scale = scale_LR if len(held) == len(params) else scale_LR[held]
+        states = [optimizer.state[params[i]] for i in held]
+        quantized = [state for state in states if state[name].dtype == torch.uint8]
+        if not quantized:
+            multiply([state[name] for state in states], scale**power, dim)
+        else:
+            _multiply_quantized(states, name, scale**power, dim)
+
+
+def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: int) -> None:
+    """The same for bitsandbytes' blockwise 8-bit states: to float32, multiply, back with new block maxima."""
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+    number = name.removeprefix("state")
+    code, absmax = f"qmap{number}", f"absmax{number}"
+    values = [
+        dequantize_blockwise(s[name], absmax=s[absmax], code=s[code], blocksize=_BITSANDBYTES_BLOCK) for s in states
+    ]
+    multiply(values, scale_LR, dim)
+    for state, value in zip(states, values):
+        quantized, quant_state = quantize_blockwise(value, code=state[code], blocksize=_BITSANDBYTES_BLOCK)
+        state[name].copy_(quantized)
+        state[absmax].copy_(quant_state.absmax)

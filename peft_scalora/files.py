@@ -28,6 +28,5 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 def replace_file(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 `text` to `path` atomically."""
-    with replacing(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +204,7 @@ class ScaLoRALayer:
         return bool(getattr(self, "fan_in_fan_out", False))
 
     def change_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Factors P (out x k) and Q (k x in) of the whole weight change s B A + U V, float32, k = r + columns in use."""
+        """P (out x k) and Q (k x in), float32, with P Q = s B A + U V and k = r + columns in use."""
         lora_B, lora_A = (p.detach().flatten(1).float() for p in self.factors(adapter))
         factors = self._accumulated_factors(adapter, torch.float32)
         P, Q = lora_B * self.scaling[adapter], lora_A
@@ -289,7 +289,7 @@ def _mean_squared_norm(factor: Tensor, dim: int) -> Tensor:
     return factor.detach().flatten(1).double().square().sum(dim).mean().float()
 
 
-@lru_cache(maxsize=None)
+@cache
 def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
     """The ScaLoRA version of one of PEFT's LoRA layer classes (Linear, Linear4bit, Conv2d, ...)."""
     mixin = ScaLoRALayer

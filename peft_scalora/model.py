@@ -99,10 +99,8 @@ class ScaLoRAModel(LoraModel):
                 _combine_progress(layer, [name for name, _ in parts], adapter_name)
                 if combination_type not in _ON_CHANGE or len(adapters) == 1:
                     _combine_accumulated(layer, parts, adapter_name)
-        self.peft_config[adapter_name].accumulator_rank = max(
-            (layer.scalora_V[adapter_name].shape[0] for layer in layers if adapter_name in layer.scalora_U),
-            default=None,
-        )
+        ranks = [layer.scalora_V[adapter_name].shape[0] for layer in layers if adapter_name in layer.scalora_U]
+        self.peft_config[adapter_name].accumulator_rank = max(ranks, default=0) or None
 
 
 def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> None:

@@ -34,8 +34,8 @@ def register() -> None:
         return
     if known is not None:
         raise RuntimeError(
-            f"PEFT already has a method {SCALORA.value!r} ({known.__module__}.{known.__name__}). Uninstall peft-scalora "
-            "to use that one, or install a PEFT release without it."
+            f"PEFT already has a method {SCALORA.value!r} ({known.__module__}.{known.__name__}). Uninstall "
+            "peft-scalora to use that one, or install a PEFT release without it."
         )
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[SCALORA] = ScaLoRAConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[SCALORA] = ScaLoRAModel

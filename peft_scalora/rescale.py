@@ -109,7 +109,7 @@ def _targets_of(optimizer: torch.optim.Optimizer) -> list[_Target]:
     """The adapters of which `optimizer` steps both factors, in the order of its parameters (equal on all ranks)."""
     owners = {}
     for layer in LAYERS:
-        for adapter in layer.scalora_U.keys():
+        for adapter in layer.scalora_U:
             lora_B, lora_A = layer.factors(adapter)
             owners[id(lora_A)] = (layer, adapter, lora_B, lora_A)
     rates = {id(p): _base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
@@ -142,7 +142,7 @@ def rescale(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     targets = [
         _Target(layer, adapter, *layer.factors(adapter), None, None)
         for layer in layers
-        for adapter in layer.scalora_U.keys()
+        for adapter in layer.scalora_U
         if all(factor.requires_grad for factor in layer.factors(adapter))
     ]
     return _rescale(targets, None)

@@ -106,7 +106,8 @@ def nonnegative_least_squares(H_L2R2R: Tensor, lam_L2R: Tensor) -> Tensor:
         blocked_L2R = free_L2R & (target_L2R <= 0)
         feasible_L1 = ~blocked_L2R.any(-1, keepdim=True)
         # Infeasible: go as far as the first coefficient that reaches 0, and hold it.
-        distance_L2R = torch.where(blocked_L2R, v_L2R / (v_L2R - target_L2R), torch.inf)
+        tiny = torch.finfo(v_L2R.dtype).tiny
+        distance_L2R = torch.where(blocked_L2R, v_L2R / (v_L2R - target_L2R).clamp(min=tiny), torch.inf)
         step_L1 = torch.where(feasible_L1, 1, distance_L2R.amin(-1, keepdim=True))
         first_L2R = blocked_L2R & (distance_L2R <= step_L1)
         v_L2R = torch.where(first_L2R, 0, v_L2R + step_L1 * (target_L2R - v_L2R)).clamp(min=0)

@@ -11,7 +11,7 @@ from .version import __version__
 _LAZY = {
     "ExportReport": "export",
     "ScaLoRACallback": "callbacks",
-    "effective_rank": "export",
+    "effective_rank": "rank",
     "export_lora": "export",
 }
 __all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "rescale", *_LAZY]

@@ -138,9 +138,9 @@ above r. Install the package peft-scalora, then import it before loading:
 ```python
 # pip install peft-scalora
 import peft_scalora
-from peft import AutoPeftModel
+from peft import PeftModel
 
-model = AutoPeftModel.from_pretrained("path/to/this/folder")
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 
 Without the package PEFT stops with `KeyError: 'SCALORA'`. To serve the adapter without the package, turn it into a

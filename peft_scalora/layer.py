@@ -140,7 +140,7 @@ class ScaLoRALayer:
         initial = self.initial_scaling(adapter)
         return self.scaling[adapter] / initial if initial else 1.0
 
-    def _accumulated_factors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def accumulated_factors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The columns of U and rows of V in use, scaled and cast; None while nothing has been folded."""
         U, V = self.scalora_U[adapter], self.scalora_V[adapter]
         # A compiled graph wants one shape: all R columns, of which the unused are zero.
@@ -163,7 +163,7 @@ class ScaLoRALayer:
     def _add_accumulated(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if adapter not in self.scalora_U:
             return result
-        factors = self._accumulated_factors(adapter, self.factors(adapter)[1].dtype)
+        factors = self.accumulated_factors(adapter, self.factors(adapter)[1].dtype)
         if factors is None:
             return result
         return result + self._accumulated_output(adapter, x, *factors).to(result.dtype)
@@ -184,7 +184,7 @@ class ScaLoRALayer:
 
     def accumulated_weight(self, adapter: str) -> Tensor:
         """The folded change, float32 (out x in): U V at the scale it is applied with."""
-        factors = self._accumulated_factors(adapter, torch.float32)
+        factors = self.accumulated_factors(adapter, torch.float32)
         if factors is None:
             lora_B, lora_A = self.factors(adapter)
             return self.scalora_U[adapter].new_zeros(lora_B.shape[0], lora_A.flatten(1).shape[1])
@@ -206,7 +206,7 @@ class ScaLoRALayer:
     def change_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """P (out x k) and Q (k x in), float32, with P Q = s B A + U V and k = r + columns in use."""
         lora_B, lora_A = (p.detach().flatten(1).float() for p in self.factors(adapter))
-        factors = self._accumulated_factors(adapter, torch.float32)
+        factors = self.accumulated_factors(adapter, torch.float32)
         P, Q = lora_B * self.scaling[adapter], lora_A
         if factors is None:
             return P, Q

@@ -93,14 +93,18 @@ class ScaLoRAModel(LoraModel):
                 f"use {combination_type + '_svd'!r}, which acts on the whole weight change."
             )
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
+        layers = [layer for layer in layers if adapter_name in layer.scalora_U]
         for layer in layers:
-            parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]
-            if parts and adapter_name in layer.scalora_U:
-                _combine_progress(layer, [name for name, _ in parts], adapter_name)
-                if combination_type not in _ON_CHANGE or len(adapters) == 1:
-                    _combine_accumulated(layer, parts, adapter_name)
-        ranks = [layer.scalora_V[adapter_name].shape[0] for layer in layers if adapter_name in layer.scalora_U]
-        self.peft_config[adapter_name].accumulator_rank = max(ranks, default=0) or None
+            _combine_progress(layer, [name for name in adapters if name in layer.scalora_U], adapter_name)
+        if combination_type not in _ON_CHANGE or len(adapters) == 1:
+            ranks = [
+                max(layer.scalora_V[name].shape[0] for layer in layers if name in layer.scalora_V) for name in known
+            ]
+            # A dense accumulator has no rank.
+            self.peft_config[adapter_name].accumulator_rank = sum(ranks) or None
+            for layer in layers:
+                parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]
+                _combine_accumulated(layer, parts, adapter_name, sum(ranks))
 
 
 def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> None:
@@ -109,26 +113,25 @@ def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> N
     new.rescalings = max(progress.rescalings for progress in old)
 
 
-def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], new_name: str) -> None:
-    """Give the new adapter Σ weight · U V of the parts, with room for the sum of their ranks."""
-    progress = layer.progress(new_name)
+def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], new_name: str, rank: int) -> None:
+    """Give the new adapter Σ weight · U V of the parts, in an accumulator of that rank."""
     if layer.is_dense(new_name):
         layer.scalora_U[new_name].copy_(sum(weight * layer.accumulated_weight(name) for name, weight in parts))
-        progress.columns = 1
+        layer.progress(new_name).columns = 1
         return
-    factors = [(layer._accumulated_factors(name, torch.float32), weight) for name, weight in parts]
-    factors = [(weight * U, V) for (U, V), weight in ((f, w) for f, w in factors if f is not None)]
+    U, V = layer.scalora_U[new_name], layer.scalora_V[new_name]
+    room = min(rank, U.shape[0], V.shape[1])
+    layer.scalora_U[new_name], layer.scalora_V[new_name] = U.new_zeros(U.shape[0], room), V.new_zeros(room, V.shape[1])
+    factors = [(layer.accumulated_factors(name, torch.float32), weight) for name, weight in parts]
+    factors = [(weight * held[0], held[1]) for held, weight in factors if held is not None]
     if not factors:
         return
     U, V = torch.cat([U for U, _ in factors], 1), torch.cat([V for _, V in factors], 0)
-    room = min(sum(layer.scalora_V[name].shape[0] for name, _ in parts), U.shape[0], V.shape[1])
     if U.shape[1] > room:
         (U,), (V,), _ = truncate(U[None], V[None], room)
-    layer.scalora_U[new_name] = U.new_zeros(U.shape[0], room)
-    layer.scalora_V[new_name] = V.new_zeros(room, V.shape[1])
     layer.scalora_U[new_name][:, : U.shape[1]] = U
     layer.scalora_V[new_name][: V.shape[0]] = V
-    progress.columns = U.shape[1]
+    layer.progress(new_name).columns = U.shape[1]
 
 
 def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:

@@ -1,0 +1,165 @@
+"""Turning a ScaLoRA adapter into a plain LoRA folder that PEFT, vLLM and TGI load without this package."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, fields
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .accumulator import singular_values, truncate
+from .config import ScaLoRAConfig
+from .layer import ScaLoRALayer
+from .rank import adapted_layers
+from .saved import SavedLayer, read_adapter, saved_layers
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the folder.
+        rank: r of the plain LoRA adapter; vLLM needs --max-lora-rank of at least this.
+        relative_error: ‖exported - trained‖_F / ‖trained‖_F of the weight change over all layers; 0 for an exact export
+            (up to float32 rounding).
+        layer_errors: the same for each layer.
+        size: bytes of the weights file.
+    """
+
+    path: str
+    rank: int
+    relative_error: float
+    layer_errors: dict[str, float]
+    size: int
+
+
+def export_lora(
+    model: PeftModel, path: str | os.PathLike, adapter_name: str = "default", rank: int | None = None
+) -> ExportReport:
+    """Write the adapter as plain LoRA: exact with rank r + R, or truncated to `rank` with its error in the report.
+
+    lora_A' = [lora_A; V], lora_B' = [s lora_B | U], lora_alpha' = r' (scaling 1), float32.
+
+    Raises:
+        ValueError: the model has no such ScaLoRA adapter, or rank is not positive.
+        FileExistsError: path exists and is not an empty folder.
+    """
+    layers = adapted_layers(model, adapter_name)
+    if not any(isinstance(layer, ScaLoRALayer) for layer in layers.values()):
+        raise ValueError(f"model has no ScaLoRA adapter adapter_name={adapter_name!r} to export.")
+    config = model.peft_config[adapter_name]
+    state = {k: v.cpu() for k, v in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
+    saved = saved_layers(state, config)
+    relative = {name: float(layers[name].scaling[adapter_name]) / layer.scaling for name, layer in saved.items()}
+    return _export(saved, state, config, os.fspath(path), rank, relative)
+
+
+def export_folder(folder: str, path: str, rank: int | None = None) -> ExportReport:
+    """The same from a saved adapter folder, without its base model."""
+    config, state = read_adapter(folder)
+    saved = saved_layers(state, config)
+    return _export(saved, state, config, path, rank, dict.fromkeys(saved, 1.0))
+
+
+def _export(
+    layers: dict[str, SavedLayer],
+    state: dict[str, Tensor],
+    config: ScaLoRAConfig,
+    path: str,
+    rank: int | None,
+    relative_scale: dict[str, float],
+) -> ExportReport:
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank!r} must be 1 or more, or None for the exact export.")
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise FileExistsError(f"path={path!r} exists and is not an empty folder: choose another or remove it.")
+    rescaled = {name: layer for name, layer in layers.items() if layer.U is not None}
+    factors, whole, lost = {}, {}, {}
+    for name, layer in rescaled.items():
+        P, Q = layer.change_factors()
+        factors[name], whole[name], lost[name] = _truncated(P * relative_scale[name], Q, rank)
+    new_rank = max(Q.shape[0] for _, Q in factors.values())
+
+    state = {key: value for key, value in state.items() if ".scalora_" not in key}
+    for name, layer in rescaled.items():
+        _put_factors(state, layer, *factors[name], new_rank)
+        bias = layer.key_B.removesuffix("weight") + "bias"
+        if bias in state:
+            state[bias] = state[bias] * layer.scaling * relative_scale[name]
+    plain = {name: layer for name, layer in layers.items() if layer.U is None}
+    error = (sum(lost.values()) / sum(whole.values())) ** 0.5 if sum(whole.values()) else 0.0
+    layer_errors = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in rescaled}
+    _write_folder(path, state, _plain_config(config, new_rank, plain), error)
+    size = os.path.getsize(os.path.join(path, "adapter_model.safetensors"))
+    return ExportReport(path, new_rank, error, layer_errors, size)
+
+
+def _truncated(P: Tensor, Q: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float, float]:
+    """(lora_B', lora_A') as matrices, the squared norm of the change, and of what is left out of it."""
+    whole = float(singular_values(P, Q).square().sum())
+    if rank is None or rank >= Q.shape[0]:
+        return (P, Q), whole, 0.0
+    (P,), (Q,), (lost,) = truncate(P[None], Q[None], rank)
+    return (P, Q), whole, float(lost) ** 2
+
+
+def _put_factors(state: dict[str, Tensor], layer: SavedLayer, P: Tensor, Q: Tensor, rank: int) -> None:
+    """Replace the layer's entries, padded with zero columns to `rank` and in the shapes of its factors."""
+    padding = rank - Q.shape[0]
+    P, Q = pad(P, (0, padding)), pad(Q, (0, 0, 0, padding))
+    state[layer.key_B] = P.reshape(layer.lora_B.shape[0], rank, *layer.lora_B.shape[2:]).contiguous()
+    state[layer.key_A] = Q.reshape(rank, *layer.lora_A.shape[1:]).contiguous()
+
+
+def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]) -> LoraConfig:
+    """The same settings as a LoraConfig of scaling 1; layers that were plain LoRA keep their rank and scaling."""
+    names = {field.name for field in fields(LoraConfig) if field.init} - {"peft_type", "runtime_config"}
+    kept = {name: getattr(config, name) for name in names}
+    kept.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
+    for name, layer in plain.items():
+        key, r = name.removeprefix("base_model.model."), layer.lora_A.shape[0]
+        kept["rank_pattern"][key], kept["alpha_pattern"][key] = r, layer.scaling * r
+    return LoraConfig(**kept | {"inference_mode": True})
+
+
+def _write_folder(path: str, state: dict[str, Tensor], config: LoraConfig, error: float) -> None:
+    parent = os.path.dirname(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as folder:
+        staged = os.path.join(folder, "adapter")
+        os.makedirs(staged)
+        save_file(state, os.path.join(staged, "adapter_model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(staged)
+        with open(os.path.join(staged, "README.md"), "w", encoding="utf-8") as file:
+            file.write(_CARD.format(base=config.base_model_name_or_path, rank=config.r, error=error))
+        if os.path.isdir(path):
+            os.rmdir(path)
+        os.rename(staged, path)
+
+
+_CARD = """---
+library_name: peft
+base_model: {base}
+tags:
+- lora
+- scalora
+---
+
+# LoRA adapter exported from ScaLoRA
+
+A plain LoRA adapter of rank {rank}, exported from a ScaLoRA adapter (arXiv 2510.23818). Relative error of the weight
+change against the trained adapter, in the Frobenius norm over all layers: {error:.3g}.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+vLLM serves it with `--enable-lora --max-lora-rank` of at least {rank}.
+"""

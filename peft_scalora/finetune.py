@@ -1,0 +1,262 @@
+"""One fine-tuning run: LoRA or ScaLoRA, classification or causal language modelling. Needs the extra `finetune`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .callbacks import ScaLoRACallback
+from .config import ScaLoRAConfig
+from .data import Fields, encode, find_fields, load_rows
+from .files import replace_file
+from .plots import plot_lines
+from .rank import effective_rank
+
+TASKS = ("causal-lm", "classification")
+METHODS = ("scalora", "lora")
+METRICS_NAME = "metrics.json"
+
+
+@dataclass
+class FinetuneSettings:
+    """Everything that decides a run; saved with its results."""
+
+    model: str
+    data: str
+    task: str
+    output: str
+    method: str = "scalora"
+    eval_data: str | None = None
+    text_fields: tuple[str, ...] = ()
+    label_field: str = ""
+    prompt_field: str = ""
+    completion_field: str = ""
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str = "all-linear"
+    scaling: str = "column"
+    scaling_interval: int = 10
+    smoothness: float | str = "auto"
+    accumulator_rank: int | None = None
+    learning_rate: float = 2e-4
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    epochs: float = 1.0
+    max_steps: int = -1
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    max_length: int = 512
+    eval_rows: int = 500
+    logging_steps: int = 10
+    save_steps: int = 200
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self):
+        for name, choices in (("task", TASKS), ("method", METHODS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training stopped because the loss is nan or infinite; the last checkpoint is in the output folder."""
+
+
+class _StopOnNonFiniteLoss(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(float(loss)):
+            raise NonFiniteLoss(
+                f"loss={loss} at step {state.global_step} with learning_rate={args.learning_rate}: lower it, or add "
+                f"warmup. The checkpoints below {args.output_dir} are as they were saved."
+            )
+
+
+def adapter_config(settings: FinetuneSettings) -> LoraConfig:
+    """The PEFT configuration of the run's method; LoRA and ScaLoRA get the same fields."""
+    shared = {
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": settings.target_modules,
+        "task_type": "SEQ_CLS" if settings.task == "classification" else "CAUSAL_LM",
+    }
+    if settings.method == "lora":
+        return LoraConfig(**shared)
+    return ScaLoRAConfig(
+        **shared,
+        scaling=settings.scaling,
+        scaling_interval=settings.scaling_interval,
+        smoothness=settings.smoothness,
+        accumulator_rank=settings.accumulator_rank,
+    )
+
+
+def classification_metrics(prediction) -> dict[str, float]:
+    """Accuracy and Matthews correlation (classes), or Pearson correlation (one real value)."""
+    scores, labels = prediction
+    if scores.shape[-1] == 1:
+        from scipy.stats import pearsonr
+
+        return {"pearson": float(pearsonr(scores[:, 0], labels).statistic)}
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+    guesses = scores.argmax(-1)
+    return {"accuracy": accuracy_score(labels, guesses), "matthews": matthews_corrcoef(labels, guesses)}
+
+
+def finetune(settings: FinetuneSettings) -> dict:
+    """Run, or continue, the fine-tuning and return its metrics; everything lands below `settings.output`.
+
+    Writes the adapter with its model card, metrics.json, loss.png and scalora_rank.png. An interrupted run continues
+    from its last checkpoint; a finished one returns its metrics.
+
+    Raises:
+        OSError: the output folder cannot be written to. ValueError: data or settings do not fit.
+        NonFiniteLoss: training diverged.
+    """
+    metrics_path = os.path.join(settings.output, METRICS_NAME)
+    finished = _finished_metrics(metrics_path, settings)
+    if finished is not None:
+        return finished
+    _check_writable(settings.output)
+    set_seed(settings.seed)
+    train_rows, eval_rows, tokenizer, model = _prepare(settings)
+    trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(settings.output))
+    seconds = time.perf_counter() - started
+
+    trainer.save_model(settings.output)
+    tokenizer.save_pretrained(settings.output)
+    metrics = {"train_loss": result.training_loss, "train_seconds": seconds, **trainer.evaluate()}
+    metrics |= _model_metrics(model, settings.output)
+    metrics["seconds_per_step"] = seconds / max(1, trainer.state.global_step)
+    metrics["steps"] = trainer.state.global_step
+    metrics["settings"] = asdict(settings)
+    metrics["log"] = trainer.state.log_history
+    _plot_loss(os.path.join(settings.output, "loss.png"), trainer.state.log_history)
+    replace_file(metrics_path, json.dumps(metrics, indent=1, default=str))
+    return metrics
+
+
+def _finished_metrics(path: str, settings: FinetuneSettings) -> dict | None:
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        metrics = json.load(file)
+    wanted = json.loads(json.dumps(asdict(settings)))
+    changed = {name for name in wanted if wanted[name] != metrics["settings"].get(name)}
+    if changed - {"output"}:
+        raise ValueError(
+            f"output={settings.output!r} holds a finished run with other settings ({', '.join(sorted(changed))}): "
+            "choose another folder."
+        )
+    return metrics
+
+
+def _check_writable(folder: str) -> None:
+    """Find out before hours of training that its result cannot be saved."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        replace_file(os.path.join(folder, ".writable"), "")
+        os.unlink(os.path.join(folder, ".writable"))
+    except OSError as error:
+        raise OSError(f"output={folder!r} cannot be written to: {error}. Choose another folder.") from error
+
+
+def _prepare(settings: FinetuneSettings):
+    rows = load_rows(settings.data)
+    given = Fields(settings.text_fields, settings.label_field, settings.prompt_field, settings.completion_field)
+    fields = find_fields(rows.column_names, settings.task, given)
+    if settings.eval_data:
+        eval_rows = load_rows(settings.eval_data, split="validation")
+    else:
+        parts = rows.train_test_split(test_size=min(settings.eval_rows, len(rows) // 5), seed=0)
+        rows, eval_rows = parts["train"], parts["test"]
+    eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.task == "classification":
+        labels = rows[fields.label]
+        count = 1 if isinstance(labels[0], float) else len(set(labels))
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=count)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    model = get_peft_model(model, adapter_config(settings))
+    encoded = [encode(part, tokenizer, settings.task, fields, settings.max_length) for part in (rows, eval_rows)]
+    return *encoded, tokenizer, model
+
+
+def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eval_rows) -> Trainer:
+    classification = settings.task == "classification"
+    arguments = TrainingArguments(
+        output_dir=settings.output,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        logging_steps=settings.logging_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        report_to="none",
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    collator = DataCollatorWithPadding(tokenizer) if classification else DataCollatorForSeq2Seq(tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=collator,
+        compute_metrics=classification_metrics if classification else None,
+        callbacks=[_StopOnNonFiniteLoss()],
+    )
+    if settings.method == "scalora":
+        trainer.add_callback(ScaLoRACallback(trainer))
+    return trainer
+
+
+def _model_metrics(model, folder: str) -> dict:
+    ranks = effective_rank(model)
+    return {
+        "effective_rank": sum(ranks.values()) / len(ranks),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "checkpoint_bytes": os.path.getsize(os.path.join(folder, "adapter_model.safetensors")),
+    }
+
+
+def _plot_loss(path: str, log: list[dict]) -> None:
+    points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    if points:
+        plot_lines(path, [("Training loss", "loss", {"training": tuple(zip(*points))})])

@@ -1,0 +1,85 @@
+"""A saved ScaLoRA adapter as tensors: read without its base model, for `info` and `export`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .config import ScaLoRAConfig
+
+# Where a layer's factors are, linear and convolution layers first, then embeddings.
+_KEYS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One adapted layer: its factors as they are saved, its scale s, and its accumulated change (None: plain LoRA)."""
+
+    key_B: str
+    key_A: str
+    lora_B: Tensor
+    lora_A: Tensor
+    scaling: float
+    U: Tensor | None
+    V: Tensor | None
+    discarded: float
+
+    def change_factors(self) -> tuple[Tensor, Tensor]:
+        """P (out x k) and Q (k x in), float32, with P Q = s B A + U V."""
+        P, Q = self.lora_B.flatten(1).float() * self.scaling, self.lora_A.flatten(1).float()
+        if self.U is None:
+            return P, Q
+        V = torch.eye(self.U.shape[1]) if self.V.shape[0] == 0 else self.V  # a dense accumulator has no V
+        return torch.cat([P, self.U], 1), torch.cat([Q, V], 0)
+
+
+def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, SavedLayer]:
+    """The layers of an adapter's state dict (keys without adapter names), by module name."""
+    layers = {}
+    for suffix_B, suffix_A in _KEYS:
+        for key in state:
+            if not key.endswith(f".{suffix_A}"):
+                continue
+            name = key.removesuffix(f".{suffix_A}")
+            U = V = None
+            discarded = 0.0
+            if f"{name}.scalora_U.weight" in state:
+                columns = int(state[f"{name}.scalora_progress.weight"][2])
+                U, V = state[f"{name}.scalora_U.weight"], state[f"{name}.scalora_V.weight"]
+                U, V = (U, V) if V.shape[0] == 0 else (U[:, :columns], V[:columns])
+                discarded = float(state[f"{name}.scalora_norms.weight"][1])
+            key_B = f"{name}.{suffix_B}"
+            scaling = _scaling(config, name, state[key].shape[0])
+            layers[name] = SavedLayer(key_B, key, state[key_B], state[key], scaling, U, V, discarded)
+    return layers
+
+
+def _scaling(config: LoraConfig, name: str, r: int) -> float:
+    key = get_pattern_key(config.alpha_pattern.keys(), name)
+    return config.alpha_pattern.get(key, config.lora_alpha) / (r**0.5 if config.use_rslora else r)
+
+
+def read_adapter(folder: str) -> tuple[ScaLoRAConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a saved ScaLoRA adapter.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: the files are not those of a ScaLoRA adapter.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise FileNotFoundError(f"adapter={folder!r} has no {name}: name the folder of a saved ScaLoRA adapter.")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        state = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    except (KeyError, TypeError, SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"adapter={folder!r} cannot be read: {error!r}. Save it again.") from error
+    if not isinstance(config, ScaLoRAConfig):
+        raise ValueError(f"adapter={folder!r} is of type {config.peft_type}, not SCALORA: there is nothing to convert.")
+    return config, state

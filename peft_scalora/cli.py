@@ -91,6 +91,5 @@ def _run_export(arguments: argparse.Namespace) -> None:
     from .export import export_folder
 
     report = export_folder(arguments.adapter, arguments.output, rank=arguments.rank)
-    print(
-        f"wrote {report.path}: LoRA rank {report.rank}, relative error {report.relative_error:.3g}, {report.size:,} bytes"
-    )
+    error, size = f"{report.relative_error:.3g}", f"{report.size:,}"
+    print(f"wrote {report.path}: LoRA of rank {report.rank}, relative error {error}, {size} bytes")

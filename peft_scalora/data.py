@@ -1,4 +1,4 @@
-"""Rows for fine-tuning: from a local file or a dataset on the hub, to token ids and labels. Needs the extra `finetune`."""
+"""Rows for fine-tuning, from a file or the hub, to token ids and labels. Needs the extra `finetune`."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def find_fields(columns: list[str], task: str, fields: Fields) -> Fields:
     missing = [name for name in wanted if name not in columns]
     if missing or not wanted or (task == "classification" and not (found.text and found.label)):
         raise ValueError(
-            f"the data's fields {sorted(columns)} do not fit task={task!r} (text={found.text!r}, label={found.label!r}, "
-            f"prompt={found.prompt!r}, completion={found.completion!r}): name them with --text-fields, --label-field, "
+            f"the data's fields {sorted(columns)} do not fit task={task!r} (text={found.text!r}, "
+            f"label={found.label!r}, prompt={found.prompt!r}, completion={found.completion!r}): name them with --text-fields, --label-field, "
             "or --prompt-field and --completion-field."
         )
     return found

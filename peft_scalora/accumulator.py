@@ -22,16 +22,20 @@ def _gram_spectrum(P_LMK: Tensor, Q_LKN: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Singular values (descending) of P Q, and K x K matrices that turn P and Q into its singular vectors.
 
     With PᵀP = E Λ Eᵀ and Λ^½ Eᵀ (Q Qᵀ) E Λ^½ = F Σ² Fᵀ: P Q = (P E Λ^-½ F) Σ (Σ^-1 Fᵀ Λ^½ Eᵀ Q).
-    Returns Σ_LK, left_LKK = E Λ^-½ F and right_LKK = Fᵀ Λ^½ Eᵀ, float64.
+    Returns Σ_LK, left_LKK = E Λ^-½ F and right_LKK = Fᵀ Λ^½ Eᵀ, float64; Σ is nan where P or Q is not finite.
     """
-    P_LMK, Q_LKN = P_LMK.double(), Q_LKN.double()
-    values_LK, E_LKK = torch.linalg.eigh(P_LMK.mT @ P_LMK)
+    gram_P_LKK, gram_Q_LKK = P_LMK.double().mT @ P_LMK.double(), Q_LKN.double() @ Q_LKN.double().mT
+    finite_L11 = (gram_P_LKK + gram_Q_LKK).isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    # eigh raises on nan, and an adapter that diverged has to be reported, not to stop a batch of healthy ones.
+    gram_P_LKK, gram_Q_LKK = torch.where(finite_L11, gram_P_LKK, 0), torch.where(finite_L11, gram_Q_LKK, 0)
+    values_LK, E_LKK = torch.linalg.eigh(gram_P_LKK)
     root_LK = torch.where(values_LK > GRAM_TOLERANCE * values_LK[..., -1:], values_LK, 0).sqrt()
     inverse_LK = torch.where(root_LK > 0, 1 / root_LK, 0)
     half_LKK = E_LKK * root_LK[..., None, :]
-    sigma2_LK, F_LKK = torch.linalg.eigh(half_LKK.mT @ (Q_LKN @ Q_LKN.mT) @ half_LKK)
-    sigma2_LK, F_LKK = sigma2_LK.flip(-1).clamp(min=0), F_LKK.flip(-1)
-    return sigma2_LK.sqrt(), (E_LKK * inverse_LK[..., None, :]) @ F_LKK, (half_LKK @ F_LKK).mT
+    sigma2_LK, F_LKK = torch.linalg.eigh(half_LKK.mT @ gram_Q_LKK @ half_LKK)
+    sigma_LK, F_LKK = sigma2_LK.flip(-1).clamp(min=0).sqrt(), F_LKK.flip(-1)
+    sigma_LK = torch.where(finite_L11[..., 0], sigma_LK, torch.nan)
+    return sigma_LK, (E_LKK * inverse_LK[..., None, :]) @ F_LKK, (half_LKK @ F_LKK).mT
 
 
 def singular_values(P_LMK: Tensor, Q_LKN: Tensor) -> Tensor:

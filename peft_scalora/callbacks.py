@@ -49,6 +49,7 @@ class ScaLoRACallback(TrainerCallback):
             self._pending.append(report)
         if self.trainer is not None and control.should_log:
             self.trainer.log(self._figures(model, state.global_step))
+            control.should_log = True  # which logging has reset: the loss is still to come
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if self.trainer is None and logs is not None and "loss" in logs:

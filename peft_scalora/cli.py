@@ -14,6 +14,7 @@ _HELP = {
     "output": "folder for adapter, metrics, plots and checkpoints; an interrupted run continues there",
     "method": "scalora or lora",
     "eval_data": "held-out data; without it some rows of the data are held out",
+    "test_data": "data to report test_* metrics on, apart from what settings were chosen by",
     "text_fields": "comma-separated fields of the text (one, or a pair for classification)",
     "target_modules": "modules to adapt, comma-separated, or all-linear",
     "scaling": "column, scalar or exact",

@@ -69,9 +69,9 @@ def find_fields(columns: list[str], task: str, fields: Fields) -> Fields:
     missing = [name for name in wanted if name not in columns]
     if missing or not wanted or (task == "classification" and not (found.text and found.label)):
         raise ValueError(
-            f"the data's fields {sorted(columns)} do not fit task={task!r} (text={found.text!r}, "
-            f"label={found.label!r}, prompt={found.prompt!r}, completion={found.completion!r}): name them with --text-fields, --label-field, "
-            "or --prompt-field and --completion-field."
+            f"the data's fields {sorted(columns)} do not fit task={task!r}: found text={found.text!r}, "
+            f"label={found.label!r}, prompt={found.prompt!r}, completion={found.completion!r}. Name them with "
+            "--text-fields, --label-field, or --prompt-field and --completion-field."
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
 from dataclasses import asdict, dataclass
 
@@ -45,6 +46,7 @@ class FinetuneSettings:
     output: str
     method: str = "scalora"
     eval_data: str | None = None
+    test_data: str | None = None
     text_fields: tuple[str, ...] = ()
     label_field: str = ""
     prompt_field: str = ""
@@ -89,6 +91,19 @@ class _StopOnNonFiniteLoss(TrainerCallback):
                 f"loss={loss} at step {state.global_step} with learning_rate={args.learning_rate}: lower it, or add "
                 f"warmup. The checkpoints below {args.output_dir} are as they were saved."
             )
+
+
+class _StepTimes(TrainerCallback):
+    """Duration of every optimizer step: a median is a fairer figure than a mean on a busy machine."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._started)
 
 
 def adapter_config(settings: FinetuneSettings) -> LoraConfig:
@@ -140,8 +155,10 @@ def finetune(settings: FinetuneSettings) -> dict:
         return finished
     _check_writable(settings.output)
     set_seed(settings.seed)
-    train_rows, eval_rows, tokenizer, model = _prepare(settings)
+    (train_rows, eval_rows, test_rows), tokenizer, model = _prepare(settings)
     trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
+    times = _StepTimes()
+    trainer.add_callback(times)
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(settings.output))
     seconds = time.perf_counter() - started
@@ -149,8 +166,10 @@ def finetune(settings: FinetuneSettings) -> dict:
     trainer.save_model(settings.output)
     tokenizer.save_pretrained(settings.output)
     metrics = {"train_loss": result.training_loss, "train_seconds": seconds, **trainer.evaluate()}
+    if test_rows is not None:
+        metrics |= trainer.evaluate(test_rows, metric_key_prefix="test")
     metrics |= _model_metrics(model, settings.output)
-    metrics["seconds_per_step"] = seconds / max(1, trainer.state.global_step)
+    metrics["median_seconds_per_step"] = statistics.median(times.seconds) if times.seconds else None
     metrics["steps"] = trainer.state.global_step
     metrics["settings"] = asdict(settings)
     metrics["log"] = trainer.state.log_history
@@ -194,6 +213,7 @@ def _prepare(settings: FinetuneSettings):
         parts = rows.train_test_split(test_size=min(settings.eval_rows, len(rows) // 5), seed=0)
         rows, eval_rows = parts["train"], parts["test"]
     eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
+    test_rows = load_rows(settings.test_data, split="test") if settings.test_data else None
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.pad_token is None:
@@ -207,8 +227,11 @@ def _prepare(settings: FinetuneSettings):
         dtype = torch.bfloat16 if settings.bf16 else torch.float32
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     model = get_peft_model(model, adapter_config(settings))
-    encoded = [encode(part, tokenizer, settings.task, fields, settings.max_length) for part in (rows, eval_rows)]
-    return *encoded, tokenizer, model
+    parts = [
+        part and encode(part, tokenizer, settings.task, fields, settings.max_length)
+        for part in (rows, eval_rows, test_rows)
+    ]
+    return parts, tokenizer, model
 
 
 def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eval_rows) -> Trainer:
@@ -224,6 +247,7 @@ def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eva
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # Trainer would show the mean of the losses before
         save_steps=settings.save_steps,
         save_total_limit=2,
         report_to="none",
@@ -242,8 +266,7 @@ def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eva
         compute_metrics=classification_metrics if classification else None,
         callbacks=[_StopOnNonFiniteLoss()],
     )
-    if settings.method == "scalora":
-        trainer.add_callback(ScaLoRACallback(trainer))
+    trainer.add_callback(ScaLoRACallback(trainer))  # the rank of a LoRA adapter is worth seeing too
     return trainer
 
 

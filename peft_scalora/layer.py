@@ -297,7 +297,9 @@ def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
         mixin = special if issubclass(cls, base) else mixin
     if issubclass(cls, lora.layer.MultiheadAttention):
         mixin = _AttentionMixin
-    return type(f"ScaLoRA{cls.__name__}", (mixin, cls), {"__module__": __name__})
+    # PEFT's messages use the class name, pickle the qualified one.
+    names = {"__module__": __name__, "__qualname__": f"ScaLoRA{cls.__name__}"}
+    return type(cls.__name__, (mixin, cls), names)
 
 
 def make_scalora(layer: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:

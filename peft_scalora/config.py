@@ -154,7 +154,6 @@ def _add_loading_note(folder: str, config: ScaLoRAConfig) -> None:
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             card = file.read()
-    if _NOTE_HEADING in card:
-        return
     note = _NOTE.format(heading=_NOTE_HEADING, r=config.r, scaling=config.scaling, interval=config.scaling_interval)
-    replace_file(path, f"{card.rstrip()}\n\n{note}".lstrip())
+    card = card.partition(_NOTE_HEADING)[0].rstrip()  # an older note of the same folder
+    replace_file(path, f"{card}\n\n{note}".lstrip())

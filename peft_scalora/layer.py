@@ -182,12 +182,24 @@ class ScaLoRALayer:
             result[rows] = self._add_accumulated(adapter, x[rows], result[rows])
         return result
 
-    def accumulated_weight(self, adapter: str) -> Tensor:
-        """The folded change, float32 (out x in): U V at the scale it is applied with."""
+    def accumulated_product(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Float32 factors (out x k) and (k x in) of the folded change, of a dense accumulator too; k may be 0."""
         factors = self.accumulated_factors(adapter, torch.float32)
         if factors is None:
+            return self.scalora_U[adapter][:, :0], self.scalora_V[adapter][:0]
+        U, V = factors
+        return (U, torch.eye(U.shape[1], device=U.device)) if self.is_dense(adapter) else (U, V)
+
+    def accumulator_capacity(self, adapter: str) -> int:
+        """R; a dense accumulator holds any rank."""
+        return self.scalora_V[adapter].shape[0] or min(self.scalora_U[adapter].shape)
+
+    def accumulated_weight(self, adapter: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The folded change (out x in): U V at the scale it is applied with."""
+        factors = self.accumulated_factors(adapter, dtype)
+        if factors is None:
             lora_B, lora_A = self.factors(adapter)
-            return self.scalora_U[adapter].new_zeros(lora_B.shape[0], lora_A.flatten(1).shape[1])
+            return lora_B.new_zeros(lora_B.shape[0], lora_A.flatten(1).shape[1], dtype=dtype)
         U, V = factors
         return U if self.is_dense(adapter) else U @ V
 
@@ -196,9 +208,10 @@ class ScaLoRALayer:
         delta = super().get_delta_weight(adapter, *args, **kwargs)
         if adapter not in self.scalora_U or self.progress(adapter).columns == 0:
             return delta
-        accumulated = self.accumulated_weight(adapter)
+        # A half-precision sum of two rounded terms would round the change twice.
+        accumulated = self.accumulated_weight(adapter, torch.promote_types(delta.dtype, torch.float32))
         accumulated = accumulated.T if self._delta_is_transposed() else accumulated
-        return (delta.float() + accumulated.reshape(delta.shape).to(delta.device)).to(delta.dtype)
+        return (delta + accumulated.reshape(delta.shape).to(delta.device)).to(delta.dtype)
 
     def _delta_is_transposed(self) -> bool:
         return bool(getattr(self, "fan_in_fan_out", False))
@@ -206,14 +219,8 @@ class ScaLoRALayer:
     def change_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """P (out x k) and Q (k x in), float32, with P Q = s B A + U V and k = r + columns in use."""
         lora_B, lora_A = (p.detach().flatten(1).float() for p in self.factors(adapter))
-        factors = self.accumulated_factors(adapter, torch.float32)
-        P, Q = lora_B * self.scaling[adapter], lora_A
-        if factors is None:
-            return P, Q
-        U, V = factors
-        if self.is_dense(adapter):
-            V = torch.eye(U.shape[1], device=U.device)
-        return torch.cat([P, U], 1), torch.cat([Q, V], 0)
+        U, V = self.accumulated_product(adapter)
+        return torch.cat([lora_B * self.scaling[adapter], U], 1), torch.cat([lora_A, V], 0)
 
     def change_singular_values(self, adapter: str) -> Tensor:
         """Singular values of the whole weight change, descending, float64."""
@@ -226,7 +233,8 @@ class ScaLoRALayer:
 
     def update_layer(self, adapter_name: str, *args, config: ScaLoRAConfig, **kwargs) -> None:
         super().update_layer(adapter_name, *args, config=config, **kwargs)
-        self._add_accumulator(adapter_name, config)
+        if isinstance(config, ScaLoRAConfig):  # transformers can put a plain LoRA adapter beside a ScaLoRA one
+            self._add_accumulator(adapter_name, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         for held in (self.scalora_U, self.scalora_V, self.scalora_norms, self.scalora_progress, self.scalora_config):
@@ -246,6 +254,45 @@ class ScaLoRALayer:
         LAYERS.add(self)
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling the module is no more than F.linear: engines that shard parameters wrap or hook it."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not hooked
+
+
+def _add_product(result: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """result + hidden weightᵀ in one pass over the result, which is the largest tensor here."""
+    if result.dim() < 2 or result.dtype != hidden.dtype or result.device != weight.device:
+        return result + F.linear(hidden, weight)
+    return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), weight.T).view(result.shape)
+
+
+class _LinearMixin(ScaLoRALayer):
+    """The forward pass of PEFT's lora.Linear with s applied to r numbers a token instead of `out`, and no temporaries
+    of the result's size."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        plain = all(_is_plain(self.lora_A[a]) and _is_plain(self.lora_B[a]) for a in adapters)
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or not plain:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in adapters:
+            x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+            hidden = self.lora_A[adapter](self.lora_dropout[adapter](x)) * self.scaling[adapter]
+            result = _add_product(result, hidden, self.lora_B[adapter].weight)
+            result = self._add_accumulated(adapter, x, result)
+        return result.to(dtype)
+
+    def _add_accumulated(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        factors = self.accumulated_factors(adapter, self.lora_A[adapter].weight.dtype)
+        if factors is None:
+            return result
+        (U, V), x = factors, x.to(factors[0].dtype)
+        return _add_product(result, x if self.is_dense(adapter) else F.linear(x, V), U)
+
+
 class _EmbeddingMixin(ScaLoRALayer):
     """lora_embedding_B (dim x r) starts random and lora_embedding_A (r x num) at zero: the reverse of Linear."""
 
@@ -256,7 +303,8 @@ class _EmbeddingMixin(ScaLoRALayer):
         return _mean_squared_norm(self.factors(adapter)[0], dim=0)
 
     def _accumulated_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
-        output = self._embed(x, U.T) if self.is_dense(adapter) else self._embed(x, V.T) @ U.T
+        # Not self._embed: with max_norm it would renormalise the accumulator in place.
+        output = F.embedding(x, U.T) if self.is_dense(adapter) else F.embedding(x, V.T) @ U.T
         scale = self._get_embed_scale()
         return output if scale is None else output * scale.to(output.dtype)
 
@@ -297,6 +345,8 @@ def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
         mixin = special if issubclass(cls, base) else mixin
     if issubclass(cls, lora.layer.MultiheadAttention):
         mixin = _AttentionMixin
+    if cls.forward is lora.Linear.forward:
+        mixin = _LinearMixin
     # PEFT's messages use the class name, pickle the qualified one.
     names = {"__module__": __name__, "__qualname__": f"ScaLoRA{cls.__name__}"}
     return type(cls.__name__, (mixin, cls), names)
@@ -310,7 +360,8 @@ def make_scalora(layer: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:
 
 def __getattr__(name: str) -> type:
     """Classes by name, for unpickling in a process that has not built the layer yet."""
-    cls = getattr(lora, name.removeprefix("ScaLoRA"), None) if name.startswith("ScaLoRA") else None
+    base = name.removeprefix("ScaLoRA")
+    cls = getattr(lora.layer, base, None) or getattr(lora, base, None) if base != name else None
     if not (isinstance(cls, type) and issubclass(cls, LoraLayer)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return scalora_class(cls)

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.functional import pad
 
 from .accumulator import truncate
 from .config import ScaLoRAConfig
@@ -23,6 +24,12 @@ def _is_rescalable(base: nn.Module, config: ScaLoRAConfig) -> bool:
     """Whether PEFT adapts the layer by one product lora_B @ lora_A of its own making."""
     custom = tuple(config._custom_modules or ())
     return getattr(base, "groups", 1) == 1 and not isinstance(base, custom)
+
+
+def _make_all_scalora(module: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:
+    """The layer itself and, in nn.MultiheadAttention, the LoRA layer of its output projection."""
+    for layer in [layer for layer in module.modules() if isinstance(layer, LoraLayer)]:
+        make_scalora(layer, adapter, config)
 
 
 class ScaLoRAModel(LoraModel):
@@ -46,6 +53,9 @@ class ScaLoRAModel(LoraModel):
                 "would share one pair of factors. Set ensure_weight_tying=False, or target only one of the tied layers."
             )
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        # A layer that transformers has already given a plain LoRA adapter.
+        if isinstance(target, LoraLayer) and not isinstance(target, ScaLoRALayer) and _is_rescalable(base, lora_config):
+            _make_all_scalora(target, adapter_name, lora_config)
 
     @staticmethod
     def _create_new_module(lora_config: ScaLoRAConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
@@ -57,9 +67,7 @@ class ScaLoRAModel(LoraModel):
             )
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         new_module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        # nn.MultiheadAttention nests a second LoRA layer, its output projection.
-        for layer in [module for module in new_module.modules() if isinstance(module, LoraLayer)]:
-            make_scalora(layer, adapter_name, lora_config)
+        _make_all_scalora(new_module, adapter_name, lora_config)
         return new_module
 
     @classmethod
@@ -97,47 +105,46 @@ class ScaLoRAModel(LoraModel):
         for layer in layers:
             _combine_progress(layer, [name for name in adapters if name in layer.scalora_U], adapter_name)
         if combination_type not in _ON_CHANGE or len(adapters) == 1:
-            ranks = [
-                max(layer.scalora_V[name].shape[0] for layer in layers if name in layer.scalora_V) for name in known
-            ]
-            # A dense accumulator has no rank.
-            self.peft_config[adapter_name].accumulator_rank = sum(ranks) or None
+            rank = 0
+            for name in known:
+                rank += max(
+                    (layer.accumulator_capacity(name) for layer in layers if name in layer.scalora_V), default=0
+                )
+            self.peft_config[adapter_name].accumulator_rank = rank or None
             for layer in layers:
                 parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]
-                _combine_accumulated(layer, parts, adapter_name, sum(ranks))
+                _combine_accumulated(layer, parts, adapter_name, rank)
 
 
 def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> None:
     new, old = layer.progress(new_name), [layer.progress(name) for name in names]
-    new.steps = max(progress.steps for progress in old)
-    new.rescalings = max(progress.rescalings for progress in old)
+    new.steps = max((progress.steps for progress in old), default=0)
+    new.rescalings = max((progress.rescalings for progress in old), default=0)
 
 
 def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], new_name: str, rank: int) -> None:
     """Give the new adapter Σ weight · U V of the parts, in an accumulator of that rank."""
+    if not parts:
+        return
+    products = [(layer.accumulated_product(name), weight) for name, weight in parts]
+    U = torch.cat([weight * U for (U, _), weight in products], 1)
+    V = torch.cat([V for (_, V), _ in products], 0)
     if layer.is_dense(new_name):
-        layer.scalora_U[new_name].copy_(sum(weight * layer.accumulated_weight(name) for name, weight in parts))
+        layer.scalora_U[new_name] = U @ V
         layer.progress(new_name).columns = 1
         return
-    U, V = layer.scalora_U[new_name], layer.scalora_V[new_name]
     room = min(rank, U.shape[0], V.shape[1])
-    layer.scalora_U[new_name], layer.scalora_V[new_name] = U.new_zeros(U.shape[0], room), V.new_zeros(room, V.shape[1])
-    factors = [(layer.accumulated_factors(name, torch.float32), weight) for name, weight in parts]
-    factors = [(weight * held[0], held[1]) for held, weight in factors if held is not None]
-    if not factors:
-        return
-    U, V = torch.cat([U for U, _ in factors], 1), torch.cat([V for _, V in factors], 0)
     if U.shape[1] > room:
         (U,), (V,), _ = truncate(U[None], V[None], room)
-    layer.scalora_U[new_name][:, : U.shape[1]] = U
-    layer.scalora_V[new_name][: V.shape[0]] = V
+    unused = room - U.shape[1]
+    layer.scalora_U[new_name], layer.scalora_V[new_name] = pad(U, (0, unused)), pad(V, (0, 0, 0, unused))
     layer.progress(new_name).columns = U.shape[1]
 
 
 def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
     """A trained adapter whose steps nobody counted would be plain LoRA without anybody noticing."""
     layers = [m for m in model.modules() if isinstance(m, ScaLoRALayer) and adapter in m.scalora_U]
-    if config.init_lora_weights not in (True, "gaussian") or any(m.progress(adapter).steps for m in layers):
+    if config.init_lora_weights not in (True, "gaussian") or any(m.progress(adapter).numbers.any() for m in layers):
         return
     if any(all(bool(p.detach().any()) for p in m.factors(adapter) if not p.is_meta) for m in layers):
         warnings.warn(

@@ -32,7 +32,7 @@ def register() -> None:
     known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(SCALORA)
     if known is ScaLoRAConfig:
         return
-    if known is not None:
+    if known is not None and known.__module__ != ScaLoRAConfig.__module__:  # equal after a reload
         raise RuntimeError(
             f"PEFT already has a method {SCALORA.value!r} ({known.__module__}.{known.__name__}). Uninstall "
             "peft-scalora to use that one, or install a PEFT release without it."

@@ -107,9 +107,8 @@ class ScaLoRAModel(LoraModel):
         if combination_type not in _ON_CHANGE or len(adapters) == 1:
             rank = 0
             for name in known:
-                rank += max(
-                    (layer.accumulator_capacity(name) for layer in layers if name in layer.scalora_V), default=0
-                )
+                capacities = [layer.accumulator_capacity(name) for layer in layers if name in layer.scalora_V]
+                rank += max(capacities, default=0)
             self.peft_config[adapter_name].accumulator_rank = rank or None
             for layer in layers:
                 parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]

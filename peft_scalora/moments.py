@@ -33,6 +33,7 @@ _BITSANDBYTES_RULES: dict[str, dict[str, int]] = {
     "adagrad": {"state1": 2},
 }
 _BITSANDBYTES_BLOCK = 256
+_BITSANDBYTES_AUXILIARY = {"qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "unorm_vec"}
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -45,18 +46,26 @@ def rule_for(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return {}
 
 
+def _has_elements(value) -> bool:
+    """Whether a state holds more than a counter, in whatever shape or container."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(map(_has_elements, value))
+
+
 def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-    """Refuse an optimizer that keeps per-element state of `param` for which there is no rule.
+    """Refuse an optimizer that keeps state of `param`, beyond counters, for which there is no rule.
 
     Raises:
         TypeError: names the optimizer, the state, and the optimizers that work.
     """
     rule = rule_for(optimizer)
-    unknown = [
-        name
-        for name, value in optimizer.state.get(param, {}).items()
-        if isinstance(value, Tensor) and value.shape == param.shape and name not in rule
-    ]
+    known = rule.keys() | (_BITSANDBYTES_AUXILIARY if hasattr(optimizer, "optimizer_name") else set())
+    # An optimizer without a rule may keep the state of all parameters with the first one, as LBFGS does.
+    states = [optimizer.state.get(param, {})] if rule else list(optimizer.state.values())
+    unknown = {name: None for state in states for name in state if name not in known and _has_elements(state[name])}
     if unknown:
         raise TypeError(
             f"ScaLoRA cannot carry the state {', '.join(map(repr, unknown))} of optimizer "
@@ -104,7 +113,8 @@ def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: in
         dequantize_blockwise(s[name], absmax=s[absmax], code=s[code], blocksize=_BITSANDBYTES_BLOCK) for s in states
     ]
     multiply(values, scale_LR, dim)
-    for state, value in zip(states, values):
+    # Quantizing again is not the identity: what is not scaled keeps its bits.
+    for state, value, scaled in zip(states, values, (scale_LR != 1).any(-1)):
         quantized, quant_state = quantize_blockwise(value, code=state[code], blocksize=_BITSANDBYTES_BLOCK)
-        state[name].copy_(quantized)
-        state[absmax].copy_(quant_state.absmax)
+        state[name].copy_(torch.where(scaled, quantized, state[name]))
+        state[absmax].copy_(torch.where(scaled, quant_state.absmax, state[absmax]))

@@ -23,7 +23,7 @@ from .scaling import Scales, column_scales, nearest_power_of_two
 _WORKSPACE = 2**25
 
 
-@dataclass
+@dataclass(repr=False)
 class RescaleReport:
     """What a rescaling did. Reading a figure waits for the device; keeping the report does not.
 
@@ -37,9 +37,9 @@ class RescaleReport:
     """
 
     without_gradient: int = 0
-    _groups: list[tuple[str, Scales]] = field(default_factory=list, repr=False)
-    _fold_errors: list[Tensor] = field(default_factory=list, repr=False)
-    _discarded: list[Tensor] = field(default_factory=list, repr=False)
+    _groups: list[tuple[str, Scales]] = field(default_factory=list)
+    _fold_errors: list[Tensor] = field(default_factory=list)
+    _discarded: list[Tensor] = field(default_factory=list)
 
     def _count(self, name: str) -> int:
         """Layers scaled by the rule `name`."""
@@ -63,7 +63,14 @@ class RescaleReport:
     def median_log_alpha(self) -> float:
         logs = [s.alpha_LR[~s.skipped_L].log().abs().flatten().cpu() for _, s in self._groups]
         logs = torch.cat(logs) if logs else torch.zeros(0)
-        return float(logs.median()) if len(logs) else 0.0
+        return float(logs.quantile(0.5)) if len(logs) else 0.0
+
+    def __repr__(self) -> str:
+        counts = ", ".join(
+            f"{name}={getattr(self, name)}" for name in ("layers", "column", "scalar", "exact", "skipped")
+        )
+        errors = f"fold_error={self.fold_error:.2g}, discarded={self.discarded:.2g}"
+        return f"RescaleReport({counts}, median_log_alpha={self.median_log_alpha:.3g}, {errors})"
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def _rescale_group(group: list[_Target], optimizer: torch.optim.Optimizer | None
     GB_LMR, GtA_LNR = _stack([p.grad for p in params_B]), _stack([p.grad for p in params_A]).mT
     scaling = first.layer.scalora_config[first.adapter].scaling
     scales = column_scales(A_LMR, B_LNR, GB_LMR, GtA_LNR, *_squared_norms(group, A_LMR), scaling)
-    if first.lora_B.dtype != torch.float32 or first.lora_A.dtype != torch.float32:
+    if min(torch.finfo(p.dtype).bits for p in (first.lora_B, first.lora_A)) < 32:
         rounded = nearest_power_of_two(scales.alpha_LR), nearest_power_of_two(scales.beta_LR)
         scales = scales._replace(alpha_LR=rounded[0], beta_LR=rounded[1])
     # Rounded once here, so that the fold and the factors use the same scales.
@@ -188,7 +195,7 @@ def _rescale_group(group: list[_Target], optimizer: torch.optim.Optimizer | None
     dU_LMR, dV_LRN = torch.where(skipped_L11, 0, dU_LMR).float(), torch.where(skipped_L11, 0, dV_LRN)
     report._groups.append((scaling, scales))
     report._fold_errors.append(_fold_error(A_LMR, B_LNR, alpha_LR, beta_LR, dU_LMR / s, scales.skipped_L))
-    discarded_L = _accumulate(group, dU_LMR, dV_LRN)
+    discarded_L = _accumulate(group, dU_LMR, dV_LRN, scales.skipped_L)
     if discarded_L is not None:
         report._discarded.append(discarded_L)
 
@@ -224,7 +231,7 @@ def _fold_error(
     return torch.where(skipped_L | (whole_L == 0), 0, error_L)
 
 
-def _accumulate(group: list[_Target], dU_LMR: Tensor, dV_LRN: Tensor) -> Tensor | None:
+def _accumulate(group: list[_Target], dU_LMR: Tensor, dV_LRN: Tensor, skipped_L: Tensor) -> Tensor | None:
     """Add the folds to the accumulators; returns the norms that recompression discarded, if there was one."""
     first = group[0]
     U, V = ([getattr(t.layer, name)[t.adapter] for t in group] for name in ("scalora_U", "scalora_V"))
@@ -238,7 +245,7 @@ def _accumulate(group: list[_Target], dU_LMR: Tensor, dV_LRN: Tensor) -> Tensor 
         torch._foreach_copy_([v[used : used + added] for v in V], list(dV_LRN.unbind()))
         used += added
     else:
-        discarded_L = _recompress(U, V, used, dU_LMR, dV_LRN)
+        discarded_L = _recompress(U, V, used, dU_LMR, dV_LRN, skipped_L)
         torch._foreach_add_([t.layer.scalora_norms[t.adapter][1:] for t in group], list(discarded_L.float()[:, None]))
         used = room
     for target in group:
@@ -246,8 +253,10 @@ def _accumulate(group: list[_Target], dU_LMR: Tensor, dV_LRN: Tensor) -> Tensor 
     return discarded_L
 
 
-def _recompress(U: list[Tensor], V: list[Tensor], used: int, dU_LMR: Tensor, dV_LRN: Tensor) -> Tensor:
-    """Replace [U | dU] [V; dV] by its best approximation that fits, a few layers at a time."""
+def _recompress(
+    U: list[Tensor], V: list[Tensor], used: int, dU_LMR: Tensor, dV_LRN: Tensor, skipped_L: Tensor
+) -> Tensor:
+    """Replace [U | dU] [V; dV] by its best approximation that fits, a few layers at a time; skipped ones stay."""
     size = (U[0].shape[0] + V[0].shape[1]) * (used + dU_LMR.shape[-1])
     step, discarded = max(1, _WORKSPACE // size), []
     for start in range(0, len(U), step):
@@ -255,9 +264,11 @@ def _recompress(U: list[Tensor], V: list[Tensor], used: int, dU_LMR: Tensor, dV_
         P = torch.cat([torch.stack([u[:, :used] for u in U[part]]), dU_LMR[part]], -1)
         Q = torch.cat([torch.stack([v[:used] for v in V[part]]), dV_LRN[part]], -2)
         new_U, new_V, discarded_L = truncate(P, Q, V[0].shape[0])
-        torch._foreach_copy_([u[:, : new_U.shape[-1]] for u in U[part]], list(new_U.unbind()))
-        torch._foreach_copy_([v[: new_V.shape[-2]] for v in V[part]], list(new_V.unbind()))
-        discarded.append(discarded_L)
+        skip = skipped_L[part, None, None]
+        old_U, old_V = [u[:, : new_U.shape[-1]] for u in U[part]], [v[: new_V.shape[-2]] for v in V[part]]
+        torch._foreach_copy_(old_U, list(torch.where(skip, torch.stack(old_U), new_U).unbind()))
+        torch._foreach_copy_(old_V, list(torch.where(skip, torch.stack(old_V), new_V).unbind()))
+        discarded.append(torch.where(skipped_L[part], 0, discarded_L))
     return torch.cat(discarded)
 
 

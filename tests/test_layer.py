@@ -30,7 +30,7 @@ from helpers_models import (
     train,
     with_weights,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
@@ -765,6 +765,23 @@ def test_quantized_linear(bits, accumulator):
         (x_grad,) = torch.autograd.grad((layer(x) * direction).sum(), x)
         (base_grad,) = torch.autograd.grad((layer.base_layer(x) * direction).sum(), x)
         assert distance(x_grad, base_grad.double() + 0.5 * direction.double() @ change) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_adapter_is_copied_saved_and_loaded(tmp_path, bits):
+    model = fill(get_peft_model(quantized_linears(bits), scalora_config(target_modules=["lin0"])))
+    x = floats(5, 14).requires_grad_()  # without a gradient bitsandbytes repacks the weight for widths of 32
+    expected = output(model, x)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(quantized_linears(bits), tmp_path).eval()
+    twin = copy.deepcopy(model)
+    assert torch.equal(output(loaded, x), expected)
+    assert torch.equal(output(twin, x), expected)
+    train(twin, x, 2)
+    progress = [m.base_model.model.lin0.progress("default").rescalings for m in (model, twin)]
+    assert progress == [6, 8]
+    assert torch.equal(output(model, x), expected)
 
 
 def dequantized(layer):

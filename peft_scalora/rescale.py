@@ -66,9 +66,8 @@ class RescaleReport:
         return float(logs.quantile(0.5)) if len(logs) else 0.0
 
     def __repr__(self) -> str:
-        counts = ", ".join(
-            f"{name}={getattr(self, name)}" for name in ("layers", "column", "scalar", "exact", "skipped")
-        )
+        names = ("layers", "column", "scalar", "exact", "skipped")
+        counts = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         errors = f"fold_error={self.fold_error:.2g}, discarded={self.discarded:.2g}"
         return f"RescaleReport({counts}, median_log_alpha={self.median_log_alpha:.3g}, {errors})"
 

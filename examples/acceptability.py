@@ -238,9 +238,8 @@ def _slots(rng: Random, lex: Lexicon) -> dict[str, Any]:
     slots["polar"] = _pick(rng, (f"ever {slots['alone2'].past}", f"{manual.past} any {_pick(rng, things.pop())}"))
     slots["quality"] = _pick(rng, ("", f"{slots['adjective2']} and ", f"{slots['degree']} ")) + adjective
 
-    be = _pick(rng, (("is", "are"), ("was", "were")))
     predicates = (
-        tuple(f"{form} {adjective}" for form in be),
+        tuple(f"{form} {adjective}" for form in _pick(rng, (("is", "are"), ("was", "were")))),
         tuple(f"{form} {verb.participle} {patient}" for form in ("has", "have")),
         tuple(f"{form} {patient}" for form in verb[:2]),
         alone[:2],
@@ -253,8 +252,7 @@ def _slots(rng: Random, lex: Lexicon) -> dict[str, Any]:
 
     auxiliaries = ((slots["has"], verb.participle), (slots["modal1"], verb.base), (slots["is"], verb.ing))
     (slots["auxiliary"], slots["form"]), (_, slots["form_wrong"]) = _shuffled(rng, auxiliaries)[:2]
-    she, he = (f"the {slots[kind][0]}" for kind in ("feminine1", "masculine1"))
-    they = f"the {slots['people3'][1]}"
+    she, he, they = f"the {slots['feminine1'][0]}", f"the {slots['masculine1'][0]}", f"the {slots['people3'][1]}"
     referents = (
         ("herself", she, (she, slots["women1"])),
         ("himself", he, (he, slots["men1"])),
@@ -279,8 +277,8 @@ def _pair(rng: Random, lex: Lexicon, phenomenon: str) -> tuple[str, str]:
 def generate(split: str, size: int, seed: int = 0, phenomena: Sequence[str] = PHENOMENA) -> list[dict[str, str | int]]:
     """`size` different rows {"sentence", "label", "phenomenon"} of a split, "train" or "held_out", in random order.
 
-    Labels are balanced, and phenomena as far as whole pairs allow. Equal arguments give equal rows on every machine;
-    another seed gives other sentences from the same words.
+    Labels are balanced, and so are the `phenomena` as far as whole pairs allow. Equal arguments give equal rows on
+    every machine; another seed gives other sentences from the same words.
     """
     if split not in LEXICONS:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(LEXICONS)}.")

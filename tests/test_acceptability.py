@@ -164,3 +164,19 @@ def test_unknown_split_is_refused(split):
 def test_impossible_size_is_refused(size):
     with pytest.raises(ValueError, match=rf"size={size!r} is not possible; choose an integer from 1 to {MAX_SIZE}"):
         generate("train", size)
+
+
+def test_phenomena_can_be_chosen():
+    chosen = ("reflexive", "island")
+    rows = generate("train", 200, phenomena=chosen)
+    assert Counter(row["phenomenon"] for row in rows) == dict.fromkeys(chosen, 100)
+
+
+def test_the_phenomenon_with_the_shortest_sentences_fills_the_largest_corpus():
+    assert len(generate("held_out", MAX_SIZE, phenomena=("argument_structure",))) == MAX_SIZE
+
+
+@pytest.mark.parametrize("phenomena", [("spelling",), ("island", "spelling"), ()])
+def test_unknown_phenomenon_is_refused(phenomena):
+    with pytest.raises(ValueError, match=rf"phenomena={re.escape(repr(phenomena))} must be some of agreement_"):
+        generate("train", 10, phenomena=phenomena)

@@ -5,6 +5,7 @@ import importlib
 import math
 import warnings
 
+import accelerate
 import pytest
 import torch
 from helpers_models import (
@@ -715,6 +716,83 @@ def test_inductor(fresh_compiler):
     assert last_report(optimizer).skipped == 0
     check_same_as_eager(compiled, model, x)
     assert distance(output(compiled, x), oracle(base, model, x)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv1D", "Conv2d"])  # PEFT's embedding layers cannot be offloaded
+@every_accumulator
+def test_offloaded_weights(name, accumulator):
+    """accelerate keeps weights elsewhere and brings them in only while their module is called."""
+    _, model = KINDS[name].filled(accumulator=accumulator)
+    expected = output(model, KINDS[name].inputs())
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with torch.no_grad():
+        assert distance(output(model, KINDS[name].inputs()), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module, hook: module.register_forward_hook(hook),
+        lambda module, hook: module.register_forward_pre_hook(hook),
+        lambda module, hook: module.register_full_backward_hook(hook),
+        lambda module, hook: module.register_full_backward_pre_hook(hook),
+    ],
+    ids=["forward", "forward_pre", "backward", "backward_pre"],
+)
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B", "base_layer"])
+def test_hooks_on_the_parts_of_a_layer_run(register, factor):
+    """Engines that shard parameters gather them in such hooks."""
+    _, model = KINDS["Linear"].filled()
+    calls, module = [], getattr(model.base_model.model.lin1, factor)
+    x = floats(5, 14).requires_grad_()
+    expected = torch.autograd.grad(output(model, x).square().sum(), x)[0]
+    handle = register(module["default"] if factor != "base_layer" else module, lambda *args: calls.append(1))
+    result = torch.autograd.grad(output(model, x).square().sum(), x)[0]
+    handle.remove()
+    assert calls == [1]
+    assert distance(result, expected) < 1e-5
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_replaced_factor_modules_are_called(factor):
+    """By a subclass, or by another `forward` on the instance as accelerate and others do."""
+    _, model = KINDS["Linear"].filled()
+    x = floats(5, 14)
+    parts = getattr(model.base_model.model.lin1, factor)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)
+        getattr(expected.base_model.model.lin1, factor)["default"].weight *= 2
+        expected = output(expected, x)
+        plain = parts["default"].forward
+        parts["default"].forward = lambda hidden: 2 * plain(hidden)
+        assert distance(output(model, x), expected) < 1e-5
+        del parts["default"].forward
+
+        class Doubled(nn.Linear):
+            def forward(self, hidden):
+                return 2 * super().forward(hidden)
+
+        parts["default"].__class__ = Doubled
+        assert distance(output(model, x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv1D", "Embedding", "Conv2d"])
+def test_no_adapter_names_is_the_active_adapter(name):
+    _, model = KINDS[name].filled()
+    x, layer = KINDS[name].inputs(), next(iter(scalora_layers(model).values()))
+    assert torch.equal(layer(x, adapter_names=None), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(14,), (0, 14), (1, 14), (2, 0, 14), (2, 3, 14), (2, 1, 3, 14)])
+@every_accumulator
+def test_inputs_of_every_shape_and_layout(shape, accumulator):
+    base, model = KINDS["Linear"].filled(accumulator=accumulator)
+    x = floats(*shape)
+    for inputs in (x, x.transpose(0, -2) if x.dim() > 1 else x, floats(*shape[::-1]).permute(*range(x.dim())[::-1])):
+        expected = oracle(base, model, inputs)
+        assert output(model, inputs).shape == expected.shape
+        assert torch.allclose(output(model, inputs).double(), expected, atol=1e-5)
 
 
 # Quantized bases.

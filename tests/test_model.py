@@ -911,26 +911,31 @@ def test_generate_is_that_of_the_merged_model(saved_llama):
 
 
 @pytest.mark.parametrize("plain_first", [True, False])
-def test_a_plain_lora_adapter_beside_a_scalora_adapter(plain_first):
-    """Through transformers both kinds can be put on one model: each must be what its configuration says, or refused."""
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "lora_dropout": 0.1}], ids=str)
+def test_a_plain_lora_adapter_beside_a_scalora_adapter(plain_first, options):
+    """Through transformers both kinds can be put on one model: each is what its own configuration says."""
     base = tiny_llama().eval()
-    configs = {
-        "plain": LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"]),
-        "scalora": scalora_config(target_modules=["q_proj", "v_proj"]),
-    }
-    model = copy.deepcopy(base)
-    try:
-        for name in sorted(configs, reverse=not plain_first):
-            model.add_adapter(configs[name], adapter_name=name)
-    except (TypeError, ValueError) as error:
-        assert "ScaLoRA" in str(error)
-        return
+    plain = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    scalora = scalora_config(target_modules=["q_proj", "v_proj"])
+    model, alone = copy.deepcopy(base), copy.deepcopy(base)
+    for name in ("plain", "scalora") if plain_first else ("scalora", "plain"):
+        torch.manual_seed(9)
+        model.add_adapter(copy.deepcopy(plain if name == "plain" else scalora), adapter_name=name)
+    torch.manual_seed(9)
+    alone.add_adapter(plain, adapter_name="plain")
     model.set_adapter("scalora")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".scalora" in name)
     train(model, tokens(), 4)
-    assert len(scalora_layers(model)) == 4
+    model.eval()
     check_filled(model, "scalora")
+    assert len(scalora_layers(model)) == 4
+    weights = dense_weights(base, saved_tensors(model, "scalora"), SCALE)
+    assert distance(output(model, tokens()), with_weights(base, weights, tokens())) < 1e-4
+    model.set_adapter("plain")
+    assert distance(output(model, tokens()), output(alone.eval(), tokens())) < 1e-5
+    model.delete_adapter("scalora")
+    assert distance(output(model, tokens()), output(alone, tokens())) < 1e-5
 
 
 # What else LoraConfig offers.
@@ -1157,14 +1162,29 @@ def test_model_card_and_configuration_tell_how_to_load(tmp_path):
 
 
 def test_card_of_the_user_is_kept(tmp_path):
+    """Also what the user has written below the note that an earlier save has left."""
     _, model = KINDS["Linear"].filled()
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# My adapter\n\nWörds of mine.\n")
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n\n# My adapter\n\nWörds of mine.\n", encoding="utf-8")
     save(model, tmp_path)
+    card.write_text(card.read_text(encoding="utf-8") + "\n\n## Results\n\nVery gööd.\n", encoding="utf-8")
+    save(model, tmp_path)
+    text = card.read_text(encoding="utf-8")
+    assert "license: mit" in text
+    assert "Wörds of mine." in text
+    assert "## Results\n\nVery gööd." in text
+    assert text.count("Loading this ScaLoRA adapter") == 1
+    assert "### Framework versions" in text, "what PEFT writes"
+
+
+def test_note_is_that_of_the_latest_save(tmp_path):
+    _, model = KINDS["Linear"].filled()
+    save(model, tmp_path)
+    _, model = KINDS["Linear"].filled(scaling="exact", scaling_interval=4)
     save(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "license: mit" in card
-    assert "Wörds of mine." in card
-    assert card.count("Loading this ScaLoRA adapter") == 1
+    assert "scaling='exact', rescaled every 4 steps" in card
+    assert "scaling='column'" not in card
 
 
 def test_without_the_package_loading_fails_loudly(tmp_path):

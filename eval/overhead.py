@@ -1,0 +1,293 @@
+"""What ScaLoRA costs over LoRA: step time, memory, checkpoint size, and where a rescaling spends its time.
+
+All methods train the same randomly initialised model on the same batch, interleaved in one process, so that what the
+machine does besides hits all of them. Ratios to LoRA are taken pair by pair and summarised by median and quartiles.
+
+    python eval/overhead.py --shape smollm2-135m --tokens 512 --r 8 --repeats 9 --output eval/results/overhead
+
+ScaLoRA's accumulators are full (all R columns in use, recompression at every rescaling): the cost of a long run, not
+of its cheap beginning. Interval I is computed from steps without and with a rescaling, t + (t_rescaling - t) / I.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from peft import HiraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_scalora
+from peft_scalora import ScaLoRAConfig
+from peft_scalora.files import replace_file, replacing
+from peft_scalora.plots import require_matplotlib
+
+# hidden size, MLP size, layers, heads, key-value heads, vocabulary
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 256),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-3-70b-block": (8192, 28672, 1, 64, 8, 1024),
+}
+NEVER = 10**9
+ENGINE = importlib.import_module("peft_scalora.rescale")  # the attribute of that name is the function
+INTERVALS = (1, 10)
+
+
+@dataclass
+class Run:
+    """One method's model and optimizer."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def step(self, ids: torch.Tensor) -> None:
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def make_base(shape: str, layers: int | None, dtype: torch.dtype, device: str, checkpointing: bool):
+    hidden, mlp, depth, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers or depth,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model
+
+
+def configurations(r: int, rank: int) -> dict[str, LoraConfig]:
+    """Every method by name; `rank` is R."""
+    shared = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = {"lora_alpha": 2 * r, **shared}
+    return {
+        "lora": LoraConfig(r=r, **lora),
+        "scalora, no rescaling": ScaLoRAConfig(r=r, accumulator_rank=rank, scaling_interval=NEVER, **lora),
+        "scalora, rescaling": ScaLoRAConfig(r=r, accumulator_rank=rank, scaling_interval=1, **lora),
+        "lora r+R": LoraConfig(r=r + rank, **lora),
+        "dora": LoraConfig(r=r, use_dora=True, **lora),
+        "hira": HiraConfig(r=r, **shared),
+    }
+
+
+def make_run(base, config, ids: torch.Tensor) -> Run:
+    """A model that shares the base weights, with the accumulators filled."""
+    model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
+    model = get_peft_model(model, config)
+    run = Run(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4))
+    run.step(ids)
+    if isinstance(config, ScaLoRAConfig):
+        run.model(input_ids=ids, labels=ids).loss.backward()
+        for _ in range(config.accumulator_rank // config.r + 1):
+            peft_scalora.rescale(run.model, run.optimizer)
+        run.optimizer.zero_grad()
+    return run
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device: str, call: Callable[[], None]) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def measure(base, configs: dict, ids: torch.Tensor, repeats: int, device: str) -> dict:
+    """Seconds of every step by method, peak memory above the base model, and checkpoint bytes."""
+    runs, memory, sizes = {}, {}, {}
+    for name, config in configs.items():
+        gc.collect()
+        runs[name] = make_run(base, config, ids)
+        sizes[name] = sum(t.nbytes for t in get_peft_model_state_dict(runs[name].model).values())
+        if device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            runs[name].step(ids)
+            memory[name] = torch.cuda.max_memory_allocated() - before
+    seconds = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(timed(device, lambda run=run: run.step(ids)))
+        print(
+            f"repeat {repeat + 1}/{repeats}: " + ", ".join(f"{n} {s[-1]:.3f}" for n, s in seconds.items()), flush=True
+        )
+    return {"seconds": seconds, "peak_bytes": memory, "checkpoint_bytes": sizes, "runs": runs}
+
+
+def with_interval(without: list[float], rescaling: list[float], interval: int) -> list[float]:
+    return [a + (b - a) / interval for a, b in zip(without, rescaling)]
+
+
+def ratios(seconds: list[float], lora: list[float]) -> dict[str, float]:
+    """Median and quartiles of the step time over LoRA's, pair by pair."""
+    pairs = [a / b for a, b in zip(seconds, lora)]
+    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
+    return {"median": statistics.median(pairs), "low": low, "high": high}
+
+
+def summarize(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    without, rescaling = seconds["scalora, no rescaling"], seconds["scalora, rescaling"]
+    rows = {name: values for name, values in seconds.items() if not name.startswith("scalora")}
+    rows |= {f"scalora I={i}": with_interval(without, rescaling, i) for i in INTERVALS}
+    rows["scalora, no rescaling"] = without
+    return {name: {"seconds": statistics.median(v), **ratios(v, seconds["lora"])} for name, v in rows.items()}
+
+
+def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of the parts of one rescaling, each part timed to its end."""
+    parts = {"column_scales": "scaling", "_accumulate": "fold and recompression", "_fold_error": "fold error"}
+    parts |= {"multiply": "factors and gradients", "transport": "optimizer state"}
+    spent = {name: [] for name in (*parts.values(), "whole")}
+    originals = {name: getattr(ENGINE, name) for name in parts}
+    for _ in range(repeats):
+        total = dict.fromkeys(parts.values(), 0.0)
+
+        def wrap(name: str, total: dict = total):
+            def call(*args, **kwargs):
+                out = []
+                total[parts[name]] += timed(device, lambda: out.append(originals[name](*args, **kwargs)))
+                return out[0]
+
+            return call
+
+        run.model(input_ids=ids, labels=ids).loss.backward()
+        for name in parts:
+            setattr(ENGINE, name, wrap(name))
+        whole = timed(device, lambda: peft_scalora.rescale(run.model, run.optimizer))
+        for name, original in originals.items():
+            setattr(ENGINE, name, original)
+        run.optimizer.zero_grad()
+        for name, value in (*total.items(), ("whole", whole)):
+            spent[name].append(value)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def floor(base, r: int, rank: int, tokens: int, device: str) -> dict[str, float]:
+    """Seconds that the accumulated change must cost a step at this machine's own rates of copying and multiplying."""
+    size = 2**24 if device == "cpu" else 2**28
+    source = torch.randn(size, device=device)
+    target = torch.empty_like(source)
+    copy_rate = 2 * source.nbytes / min(timed(device, lambda: target.copy_(source)) for _ in range(5))
+    side = 1024 if device == "cpu" else 8192
+    matrix = torch.randn(side, side, device=device, dtype=base.dtype)
+    flop_rate = 2 * side**3 / min(timed(device, lambda: matrix @ matrix) for _ in range(5))
+    shapes = [m.weight.shape for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    features = sum(out + inp for out, inp in shapes)
+    forward_backward = 4 * tokens * rank * features / flop_rate  # x V', h U' and their input gradients
+    rescaling = (
+        features * (2 * rank + 12 * r) * 4 / copy_rate
+    )  # U, V, factors, gradients and two moments, read or written
+    return {
+        "copy_bytes_per_second": copy_rate,
+        "flops": flop_rate,
+        "accumulated_forward_backward_seconds": forward_backward,
+        "rescaling_seconds": rescaling,
+    }
+
+
+def draw(path: str, summary: dict, title: str) -> None:
+    """Step time over LoRA by method, with quartiles."""
+    pyplot = require_matplotlib()
+    names = [name for name in summary if name != "lora"]
+    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    medians = [summary[name]["median"] for name in names]
+    spread = [
+        [summary[name]["median"] - summary[name]["low"] for name in names],
+        [summary[name]["high"] - summary[name]["median"] for name in names],
+    ]
+    colours = ["tab:orange" if name.startswith("scalora") else "tab:gray" for name in names]
+    axis.barh(names, medians, xerr=spread, color=colours, height=0.6)
+    axis.axvline(1, color="tab:blue", linewidth=1.2)
+    axis.set(xlabel="step time over LoRA's, median and quartiles", title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    pyplot.close(figure)
+
+
+def table(result: dict) -> str:
+    lines = ["| method | s/step | over LoRA (quartiles) | checkpoint, MiB |", "|---|---|---|---|"]
+    for name, row in result["summary"].items():
+        key = "scalora, rescaling" if name.startswith("scalora I") else name
+        size = f"{result['checkpoint_bytes'][key] / 2**20:.1f}"
+        lines.append(
+            f"| {name} | {row['seconds']:.3f} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {size} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens a step")
+    parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--accumulator-rank", type=int, help="R; 8 r unless given")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--methods", nargs="+", help="only these beside LoRA and ScaLoRA")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--output", default="runs/overhead")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rank = arguments.accumulator_rank or 8 * arguments.r
+
+    base = make_base(arguments.shape, arguments.layers, dtype, device, arguments.checkpointing)
+    rows = max(1, arguments.tokens // arguments.sequence)
+    ids = torch.randint(0, SHAPES[arguments.shape][5], (rows, arguments.tokens // rows), device=device)
+    configs = configurations(arguments.r, rank)
+    if arguments.methods is not None:
+        configs = {n: c for n, c in configs.items() if n == "lora" or n.startswith("scalora") or n in arguments.methods}
+    measured = measure(base, configs, ids, arguments.repeats, device)
+    runs = measured.pop("runs")
+    result = {
+        "settings": vars(arguments) | {"device": device, "dtype": str(dtype), "threads": torch.get_num_threads()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "summary": summarize(measured["seconds"]),
+        "rescaling_seconds": split_rescaling(runs["scalora, rescaling"], ids, 3, device),
+        "floor": floor(base, arguments.r, rank, arguments.tokens, device),
+        **measured,
+    }
+    os.makedirs(arguments.output, exist_ok=True)
+    replace_file(os.path.join(arguments.output, "overhead.json"), json.dumps(result, indent=1))
+    title = f"{arguments.shape}, {arguments.tokens} tokens, r = {arguments.r}, R = {rank}, {device}"
+    draw(os.path.join(arguments.output, "overhead.png"), result["summary"], title)
+    print(f"\n{table(result)}\n\none rescaling, seconds: {json.dumps(result['rescaling_seconds'])}")
+    print(f"floor: {json.dumps(result['floor'])}")
+
+
+if __name__ == "__main__":
+    main()

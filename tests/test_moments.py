@@ -253,7 +253,9 @@ def test_unknown_state_is_refused_by_name(name):
     check_state(optimizer, p)  # nothing is kept yet
     p.grad = torch.ones(3, 4)
     optimizer.step()
-    with pytest.raises(TypeError, match=f"'{states[0]}'.* of optimizer {name.split()[0]} .*Optimizers that work: .*AdamW") as error:
+    with pytest.raises(
+        TypeError, match=f"'{states[0]}'.* of optimizer {name.split()[0]} .*Optimizers that work: .*AdamW"
+    ) as error:
         check_state(optimizer, p)
     assert all(repr(state) in str(error.value) for state in states)
 

@@ -155,7 +155,9 @@ def relative(a, b):
 # What a rescaling leaves alone and what it carries along
 
 
-@pytest.mark.parametrize("accumulator", [{"accumulator": "dense"}, {}, {"accumulator_rank": 12}], ids=["dense", "8r", "full"])
+@pytest.mark.parametrize(
+    "accumulator", [{"accumulator": "dense"}, {}, {"accumulator_rank": 12}], ids=["dense", "8r", "full"]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_rescaling_keeps_the_function_and_scales_the_gradients(name, accumulator):
     """Also where it is the fifth one and the accumulator is full, if the weight has no more than R directions."""
@@ -246,7 +248,10 @@ def test_one_rescaling_keeps_the_function_of_other_configurations(config):
         if "accumulator_rank" not in config:
             assert relative(model(X).detach(), before) < 1e-5
             assert discarded < 1e-5
-        assert any(np.abs(np.log(scales_between(f, factors_of(layer))[0])).max() > 0.01 for f, layer in zip(old, layers_of(model)))
+        assert any(
+            np.abs(np.log(scales_between(f, factors_of(layer))[0])).max() > 0.01
+            for f, layer in zip(old, layers_of(model))
+        )
 
 
 def test_two_adapters_at_once():
@@ -314,7 +319,9 @@ def test_discarded_is_what_numpy_would_leave_out():
             new_B, new_A = factors_of(layer)
             sigma = np.linalg.svd(held + s * B @ A - s * new_B @ new_A, compute_uv=False)
             expected.append(np.linalg.norm(sigma[6:]))
-            assert float(layer.scalora_norms["default"][1]) - norms.pop(0) == pytest.approx(expected[-1], rel=1e-4, abs=1e-6)
+            assert float(layer.scalora_norms["default"][1]) - norms.pop(0) == pytest.approx(
+                expected[-1], rel=1e-4, abs=1e-6
+            )
         assert report.discarded == pytest.approx(np.linalg.norm(expected), rel=1e-4, abs=1e-6)
         assert (report.discarded > 1e-3) == (count > 0)
 
@@ -354,7 +361,10 @@ def test_low_precision_adapters_are_scaled_by_powers_of_two(how):
             for ratio in scales_between(factors, factors_of(layer)):
                 np.testing.assert_array_equal(np.log2(ratio), np.round(np.log2(ratio)))
             assert np.linalg.norm(change(layer) - was) < 1e-6 * np.linalg.norm(accumulated(layer))
-    assert any((scales_between(factors, factors_of(layer))[0] != 1).any() for layer, (_, factors) in zip(layers_of(model), before))
+    assert any(
+        (scales_between(factors, factors_of(layer))[0] != 1).any()
+        for layer, (_, factors) in zip(layers_of(model), before)
+    )
 
 
 def test_float64_adapters_are_scaled_as_exactly_as_their_accumulator_allows():
@@ -373,7 +383,9 @@ def test_float64_adapters_are_scaled_as_exactly_as_their_accumulator_allows():
 # The whole algorithm
 
 
-def algorithm_pair(how, interval, seed, steps, monkeypatch, optimizer="Adam", dtype=torch.float32, schedule=None, **config):
+def algorithm_pair(
+    how, interval, seed, steps, monkeypatch, optimizer="Adam", dtype=torch.float32, schedule=None, **config
+):
     """Train one layer with the package and with the transcription; yields both after every step."""
     monkeypatch.setattr(scaling, "MIN_COLUMN_NORM", 0.0)  # the paper has no floor
     m, n, r, eta, weight_decay = 9, 7, 2, 5e-3, 0.1 if optimizer == "AdamW" else 0.0
@@ -620,7 +632,9 @@ def spoiled(kind, model):
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD momentum", "bnb AdamW32bit", "bnb AdamW8bit"])
-@pytest.mark.parametrize("config", [{"accumulator": "dense"}, {}, {"accumulator_rank": 4}], ids=["dense", "room", "full"])
+@pytest.mark.parametrize(
+    "config", [{"accumulator": "dense"}, {}, {"accumulator_rank": 4}], ids=["dense", "room", "full"]
+)
 @pytest.mark.parametrize("kind", ["nan", "inf", "zero", "missing", "both missing"])
 def test_a_layer_without_a_usable_gradient_is_skipped_alone(kind, config, name):
     """Its parameters, gradients, accumulator and optimizer state keep their bits; its neighbours are rescaled."""
@@ -764,7 +778,11 @@ def test_the_report():
     assert {rule: getattr(report, rule) for rule in SCALINGS} == expected
     assert min(expected.values()) > 0
     assert (report.layers, report.skipped) == (9, 2)
-    logs = [np.abs(np.log(scales_between(b, factors_of(layer))[0])) for k, (b, layer) in enumerate(zip(before, layers)) if k not in (5, 8)]
+    logs = [
+        np.abs(np.log(scales_between(b, factors_of(layer))[0]))
+        for k, (b, layer) in enumerate(zip(before, layers))
+        if k not in (5, 8)
+    ]
     assert report.median_log_alpha == pytest.approx(np.median(np.concatenate(logs)), rel=1e-4)
     assert report.median_log_alpha > 0.05
 
@@ -822,4 +840,8 @@ def test_unknown_optimizer_state_stops_the_training(optimizer, states):
         train(model, optimizer, 1)
     with pytest.raises(TypeError, match=states):
         rescale(model, optimizer)
-    assert all(same(value, saved[name]) for name, value in snapshot(model).items() if "progress" not in name and "grad" not in name)
+    assert all(
+        same(value, saved[name])
+        for name, value in snapshot(model).items()
+        if "progress" not in name and "grad" not in name
+    )

@@ -312,7 +312,9 @@ def longest_updates(seed, how, monkeypatch, floor, steps=1000, after=30, lr=1e-3
         for k, ((a, b), optimizer) in enumerate(zip(runs, optimizers)):
             a.grad, b.grad = G @ b.detach(), G.mT @ a.detach()
             if step == steps and k == 0:
-                scales = column_scales(a.detach()[None], b.detach()[None], a.grad[None], b.grad[None], target2, target2, how)
+                scales = column_scales(
+                    a.detach()[None], b.detach()[None], a.grad[None], b.grad[None], target2, target2, how
+                )
                 alpha, beta = scales.alpha_LR[0].float(), scales.beta_LR[0].float()
                 smallest = float(torch.minimum(alpha.min(), beta.min()))
                 for parameter, own, other in ((a, alpha, beta), (b, beta, alpha)):

@@ -24,7 +24,7 @@ def _gram_spectrum(P_LMK: Tensor, Q_LKN: Tensor) -> tuple[Tensor, Tensor, Tensor
     With PᵀP = E Λ Eᵀ and Λ^½ Eᵀ (Q Qᵀ) E Λ^½ = F Σ² Fᵀ: P Q = (P E Λ^-½ F) Σ (Σ^-1 Fᵀ Λ^½ Eᵀ Q).
     Returns Σ_LK, left_LKK = E Λ^-½ F and right_LKK = Fᵀ Λ^½ Eᵀ, float64; Σ is nan where P or Q is not finite.
     """
-    gram_P_LKK, gram_Q_LKK = P_LMK.double().mT @ P_LMK.double(), Q_LKN.double() @ Q_LKN.double().mT
+    gram_P_LKK, gram_Q_LKK = P_LMK.mT @ P_LMK, Q_LKN @ Q_LKN.mT
     finite_L11 = (gram_P_LKK + gram_Q_LKK).isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     # eigh raises on nan, and an adapter that diverged has to be reported, not to stop a batch of healthy ones.
     gram_P_LKK, gram_Q_LKK = torch.where(finite_L11, gram_P_LKK, 0), torch.where(finite_L11, gram_Q_LKK, 0)
@@ -40,7 +40,7 @@ def _gram_spectrum(P_LMK: Tensor, Q_LKN: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def singular_values(P_LMK: Tensor, Q_LKN: Tensor) -> Tensor:
     """Singular values of P Q, descending, float64; those below about 1e-7 of the largest are rounding."""
-    return _gram_spectrum(P_LMK, Q_LKN)[0]
+    return _gram_spectrum(P_LMK.double(), Q_LKN.double())[0]
 
 
 def truncate(P_LMK: Tensor, Q_LKN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,12 +48,13 @@ def truncate(P_LMK: Tensor, Q_LKN: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
     Returns U_LMR, V_LRN in float32 and the Frobenius norm of the discarded part, discarded_L in float64.
     """
+    P_LMK, Q_LKN = P_LMK.double(), Q_LKN.double()
     sigma_LK, left_LKK, right_LKK = _gram_spectrum(P_LMK, Q_LKN)
     kept_LR, discarded_L = sigma_LK[..., :rank], sigma_LK[..., rank:].square().sum(-1).sqrt()
     root_LR = kept_LR.sqrt()
     inverse_LR = torch.where(root_LR > 0, 1 / root_LR, 0)
-    U_LMR = P_LMK.double() @ (left_LKK[..., :rank] * root_LR[..., None, :])
-    V_LRN = (right_LKK[..., :rank, :] * inverse_LR[..., None]) @ Q_LKN.double()
+    U_LMR = P_LMK @ (left_LKK[..., :rank] * root_LR[..., None, :])
+    V_LRN = (right_LKK[..., :rank, :] * inverse_LR[..., None]) @ Q_LKN
     return U_LMR.float(), V_LRN.float(), discarded_L
 
 

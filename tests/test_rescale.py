@@ -670,7 +670,7 @@ def test_training_goes_on_after_a_layer_was_skipped():
         if count % 3 == 0:
             spoiled("nan", model)
         if count % 4 == 0:
-            layers_of(model)[1].factors("default")[0].grad = None
+            layers_of(model)[count // 4 % 2].factors("default")[0].grad = None
         rescale(model)
         for layer, was, norm in zip(layers_of(model), before, norms):
             new = float(layer.scalora_norms["default"][1]) - norm

@@ -612,6 +612,55 @@ def test_accelerate():
     assert not torch.equal(state, was)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that steps another one, as Lookahead and ZeroRedundancyOptimizer do: both run step hooks."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_an_optimizer_inside_another_counts_once(interval):
+    """And it is the inner one, which holds the moments, that has to be rescaled with."""
+    start, results = adapted(Net(), scaling_interval=interval), []
+    for wrap in (lambda optimizer: optimizer, Wrapper):
+        model = copy.deepcopy(start)
+        train(model, wrap(torch.optim.AdamW(trainable(model), lr=1e-2)), 9)
+        assert rescalings(model) == [9 // interval] * 3
+        results.append(snapshot(model))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_gradients_that_only_a_closure_computes_are_not_steps(tmp_path):
+    """The hook runs before the closure and finds none; saving then has to say that nothing was rescaled."""
+    model = adapted(Net(), scaling_interval=1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        optimizer.step(lambda: backward(model))
+        optimizer.zero_grad()
+    assert rescalings(model) == [0, 0, 0]
+    with pytest.warns(UserWarning, match="trained but never rescaled"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_closure_that_leaves_its_gradients_for_the_next_step():
+    """Scales from the gradients of the step before are late, but the function and the moments stay right."""
+    model = adapted(Net(), scaling_interval=2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    train(model, optimizer, 5)
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    before, count = model(X).detach(), rescalings(model)[0]
+    for _ in range(6):
+        optimizer.step(lambda: backward(model))
+    assert rescalings(model) == [count + 3] * 3
+    assert relative(model(X).detach(), before) < 1e-5
+
+
 # Gradients that say nothing
 
 

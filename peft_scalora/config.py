@@ -130,6 +130,7 @@ def _check_positive_int(name: str, value) -> None:
 
 
 _NOTE_HEADING = "## Loading this ScaLoRA adapter"
+_NOTE_END = "`peft-scalora export path/to/this/folder path/to/plain_lora`."
 _NOTE = """{heading}
 
 Trained with ScaLoRA (r={r}, scaling={scaling!r}, rescaled every {interval} steps): the weight change has a rank far
@@ -155,5 +156,8 @@ def _add_loading_note(folder: str, config: ScaLoRAConfig) -> None:
         with open(path, encoding="utf-8") as file:
             card = file.read()
     note = _NOTE.format(heading=_NOTE_HEADING, r=config.r, scaling=config.scaling, interval=config.scaling_interval)
-    card = card.partition(_NOTE_HEADING)[0].rstrip()  # an older note of the same folder
+    # An older note of the same folder goes; what stands around it is the user's and PEFT's.
+    before, _, rest = card.partition(_NOTE_HEADING)
+    _, _, after = rest.partition(_NOTE_END)
+    card = "\n\n".join(part.strip() for part in (before, after) if part.strip())
     replace_file(path, f"{card}\n\n{note}".lstrip())

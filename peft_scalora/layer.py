@@ -247,6 +247,9 @@ class ScaLoRALayer:
         if adapter_name in getattr(self, "scalora_U", {}):
             for held in (self.scalora_U, self.scalora_V, self.scalora_norms):
                 held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
+            norms = self.scalora_norms[adapter_name]
+            if norms[0].isnan():  # a plain LoRA adapter, loaded over factors that had no values yet
+                norms[0] = self._initial_column_norm2(adapter_name)
 
     def __setstate__(self, state: dict) -> None:
         """Copies and unpickled layers have to be found by the optimizer hook too."""
@@ -256,8 +259,9 @@ class ScaLoRALayer:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling the module is no more than F.linear: engines that shard parameters wrap or hook it."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not hooked
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    replaced = type(linear) is not nn.Linear or "forward" in linear.__dict__  # accelerate's offloading does the latter
+    return linear.bias is None and not replaced and not any(hooks)
 
 
 def _add_product(result: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -273,9 +277,10 @@ class _LinearMixin(ScaLoRALayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
-        plain = all(_is_plain(self.lora_A[a]) and _is_plain(self.lora_B[a]) for a in adapters)
+        plain = not self.lora_variant and all(_is_plain(self.lora_A[a]) and _is_plain(self.lora_B[a]) for a in adapters)
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or not plain:
             return super().forward(x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
@@ -286,6 +291,8 @@ class _LinearMixin(ScaLoRALayer):
         return result.to(dtype)
 
     def _add_accumulated(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        if adapter not in self.scalora_U:
+            return result
         factors = self.accumulated_factors(adapter, self.lora_A[adapter].weight.dtype)
         if factors is None:
             return result

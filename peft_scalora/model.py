@@ -7,6 +7,7 @@ import warnings
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import get_tp_plan_and_mesh
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import pad
@@ -42,9 +43,10 @@ class ScaLoRAModel(LoraModel):
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-        if getattr(base, "_hf_tp_plan", None) is not None:
+        tp_plan = getattr(base, "_hf_tp_plan", None) or get_tp_plan_and_mesh(self.model, current_key)[0]
+        if tp_plan is not None:
             raise ValueError(
-                f"ScaLoRA does not support tensor parallelism: {current_key} has _hf_tp_plan={base._hf_tp_plan!r}. "
+                f"ScaLoRA does not support tensor parallelism: {current_key} has _hf_tp_plan={tp_plan!r}. "
                 "Load the model without tp_plan, or use peft.LoraConfig."
             )
         if getattr(lora_config, "target_modules_to_tie", None):

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .accumulator import fold_factors, truncate
 from .layer import LAYERS, ScaLoRALayer
-from .moments import check_state, multiply, transport
+from .moments import check_state, multiply, rule_for, transport
 from .scaling import Scales, column_scales, nearest_power_of_two
 
 # Float64 numbers that one recompression may hold at a time (256 MiB), so that many layers do not add up to a weight.
@@ -281,11 +281,14 @@ def last_report(optimizer: torch.optim.Optimizer) -> RescaleReport | None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Runs before every step of every torch optimizer."""
-    if not LAYERS:
+    # Without a rule and without state it may be a wrapper, whose inner optimizer runs this hook again.
+    if not LAYERS or not (rule_for(optimizer) or any(optimizer.state.values())):
         return
     due = []
     for target in _targets_of(optimizer):
         check_state(optimizer, target.lora_A)
+        if target.lora_B.grad is None or target.lora_A.grad is None:
+            continue  # not stepped, or a closure is about to compute them
         progress = target.layer.progress(target.adapter)
         progress.steps += 1
         if progress.steps % target.layer.scalora_config[target.adapter].scaling_interval == 0:

@@ -18,6 +18,13 @@ def fold_factors(A_LMR: Tensor, B_LNR: Tensor, alpha_LR: Tensor, beta_LR: Tensor
     return A_LMR * (s * (1 - alpha_LR * beta_LR))[..., None, :], B_LNR.mT
 
 
+def rounded_fold_factors(
+    A_LMR: Tensor, B_LNR: Tensor, new_A_LMR: Tensor, new_B_LNR: Tensor, s: float
+) -> tuple[Tensor, Tensor]:
+    """The same for factors that scaling has rounded (bfloat16, float16): s [A, -Ã] [B, B̃]ᵀ, of rank 2 R."""
+    return s * torch.cat([A_LMR, -new_A_LMR], -1), torch.cat([B_LNR, new_B_LNR], -1).mT
+
+
 def _gram_spectrum(P_LMK: Tensor, Q_LKN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular values (descending) of P Q, and K x K matrices that turn P and Q into its singular vectors.
 

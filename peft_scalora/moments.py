@@ -61,6 +61,11 @@ def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     Raises:
         TypeError: names the optimizer, the state, and the optimizers that work.
     """
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        raise TypeError(
+            "ScaLoRA does not support optimizer ZeroRedundancyOptimizer: each rank steps, and would rescale, only its "
+            "share of the adapters. Adapters are small: use the plain optimizer on every rank."
+        )
     rule = rule_for(optimizer)
     known = rule.keys() | (_BITSANDBYTES_AUXILIARY if hasattr(optimizer, "optimizer_name") else set())
     # An optimizer without a rule may keep the state of all parameters with the first one, as LBFGS does.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .accumulator import fold_factors, truncate
+from .accumulator import fold_factors, rounded_fold_factors, truncate
 from .layer import LAYERS, ScaLoRALayer
 from .moments import check_state, multiply, rule_for, transport
-from .scaling import Scales, column_scales, nearest_power_of_two
+from .scaling import Scales, column_scales
 
 # Float64 numbers that one recompression may hold at a time (256 MiB), so that many layers do not add up to a weight.
 _WORKSPACE = 2**25
@@ -80,8 +80,8 @@ class _Target:
     adapter: str
     lora_B: nn.Parameter
     lora_A: nn.Parameter
-    lr_B: float | None
-    lr_A: float | None
+    lr_B: float | Tensor | None
+    lr_A: float | Tensor | None
 
     def group_key(self) -> tuple:
         """Targets with equal keys are rescaled as one batch."""
@@ -97,18 +97,19 @@ class _Target:
         smoothness = self.layer.scalora_config[self.adapter].smoothness
         if smoothness == "auto":
             return None
-        if not (self.lr_A and self.lr_B):
+        lr_A, lr_B = float(self.lr_A or 0), float(self.lr_B or 0)
+        if not (lr_A and lr_B):
             raise ValueError(
                 f"smoothness={smoothness!r} needs a learning rate above 0: pass the optimizer to rescale(), or use "
                 "smoothness='auto'."
             )
         s2 = float(self.layer.scaling[self.adapter]) ** 2
-        return 1 / (smoothness * self.lr_A * s2), 1 / (smoothness * self.lr_B * s2)
+        return 1 / (smoothness * lr_A * s2), 1 / (smoothness * lr_B * s2)
 
 
-def _base_learning_rate(group: dict) -> float:
+def _base_learning_rate(group: dict) -> float | Tensor:
     """η is the rate before any schedule: during warmup the scheduled one would send 1 / (L η) to infinity."""
-    return float(group.get("initial_lr", group["lr"]))
+    return group.get("initial_lr", group["lr"])
 
 
 def _targets_of(optimizer: torch.optim.Optimizer) -> list[_Target]:
@@ -144,7 +145,10 @@ def rescale(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     if optimizer is not None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimizer that holds the state
         owned = set(map(id, layers))
-        return _rescale([target for target in _targets_of(optimizer) if id(target.layer) in owned], optimizer)
+        targets = [target for target in _targets_of(optimizer) if id(target.layer) in owned]
+        if not targets:
+            raise ValueError("optimizer steps no ScaLoRA adapter of model: pass the one that trains it.")
+        return _rescale(targets, optimizer)
     targets = [
         _Target(layer, adapter, *layer.factors(adapter), None, None)
         for layer in layers
@@ -162,6 +166,8 @@ def _rescale(targets: list[_Target], optimizer: torch.optim.Optimizer | None) ->
         if target.lora_B.grad is None or target.lora_A.grad is None:
             report.without_gradient += 1
         else:
+            if target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
+                raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")
             if optimizer is not None:
                 check_state(optimizer, target.lora_A)
             groups[target.group_key()].append(target)
@@ -182,18 +188,21 @@ def _rescale_group(group: list[_Target], optimizer: torch.optim.Optimizer | None
     GB_LMR, GtA_LNR = _stack([p.grad for p in params_B]), _stack([p.grad for p in params_A]).mT
     scaling = first.layer.scalora_config[first.adapter].scaling
     scales = column_scales(A_LMR, B_LNR, GB_LMR, GtA_LNR, *_squared_norms(group, A_LMR), scaling)
-    if min(torch.finfo(p.dtype).bits for p in (first.lora_B, first.lora_A)) < 32:
-        rounded = nearest_power_of_two(scales.alpha_LR), nearest_power_of_two(scales.beta_LR)
-        scales = scales._replace(alpha_LR=rounded[0], beta_LR=rounded[1])
     # Rounded once here, so that the fold and the factors use the same scales.
     alpha_LR, beta_LR = scales.alpha_LR.float(), scales.beta_LR.float()
+    new_A_LMR = (A_LMR * alpha_LR[:, None]).to(first.lora_B.dtype).float()
+    new_B_LNR = (B_LNR * beta_LR[:, None]).to(first.lora_A.dtype).float()
 
     s = first.layer.initial_scaling(first.adapter)
-    dU_LMR, dV_LRN = fold_factors(A_LMR, B_LNR, alpha_LR.double(), beta_LR.double(), s)
+    if min(torch.finfo(p.dtype).bits for p in (first.lora_B, first.lora_A)) < 32:
+        dU_LMR, dV_LRN = rounded_fold_factors(A_LMR, B_LNR, new_A_LMR, new_B_LNR, s)
+    else:
+        dU_LMR, dV_LRN = fold_factors(A_LMR, B_LNR, alpha_LR.double(), beta_LR.double(), s)
     skipped_L11 = scales.skipped_L[:, None, None]
     dU_LMR, dV_LRN = torch.where(skipped_L11, 0, dU_LMR).float(), torch.where(skipped_L11, 0, dV_LRN)
     report._groups.append((scaling, scales))
-    report._fold_errors.append(_fold_error(A_LMR, B_LNR, alpha_LR, beta_LR, dU_LMR / s, scales.skipped_L))
+    errors_L = _fold_error((A_LMR, -new_A_LMR, -dU_LMR / s), (B_LNR, new_B_LNR, dV_LRN.mT))
+    report._fold_errors.append(torch.where(scales.skipped_L, 0, errors_L))
     discarded_L = _accumulate(group, dU_LMR, dV_LRN, scales.skipped_L)
     if discarded_L is not None:
         report._discarded.append(discarded_L)
@@ -217,17 +226,14 @@ def _squared_norms(group: list[_Target], like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_full((len(group),), norms[0]), like.new_full((len(group),), norms[1])
 
 
-def _fold_error(
-    A_LMR: Tensor, B_LNR: Tensor, alpha_LR: Tensor, beta_LR: Tensor, dA_LMR: Tensor, skipped_L: Tensor
-) -> Tensor:
+def _fold_error(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
     """‖A Bᵀ - Ã B̃ᵀ - fold‖_F / ‖A Bᵀ‖_F of the rounded tensors, by Gram matrices (its own floor is 1e-8)."""
-    P = torch.cat([A_LMR, -(A_LMR * alpha_LR[:, None]), -dA_LMR], -1).double()
-    Q = torch.cat([B_LNR, B_LNR * beta_LR[:, None], B_LNR], -1).double()
+    P, Q = torch.cat(left, -1).double(), torch.cat(right, -1).double()
     products = (P.mT @ P) * (Q.mT @ Q)
-    R = A_LMR.shape[-1]
+    R = left[0].shape[-1]
     whole_L = products[:, :R, :R].sum((-2, -1))
     error_L = (products.sum((-2, -1)).clamp(min=0) / whole_L).sqrt()
-    return torch.where(skipped_L | (whole_L == 0), 0, error_L)
+    return torch.where(whole_L == 0, 0, error_L)
 
 
 def _accumulate(group: list[_Target], dU_LMR: Tensor, dV_LRN: Tensor, skipped_L: Tensor) -> Tensor | None:

@@ -170,8 +170,3 @@ def column_scales(
     alpha_LR, beta_LR = scales_L2R.chunk(2, dim=-1)
     skipped_L = ~determined_L2R.any(-1)
     return Scales(alpha_LR, beta_LR, by_column_L & ~skipped_L, skipped_L)
-
-
-def nearest_power_of_two(scale: Tensor) -> Tensor:
-    """The power of two nearest to each scale on a log axis: bfloat16 and float16 factors are scaled by it exactly."""
-    return scale.log2().round().exp2()

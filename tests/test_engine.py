@@ -1,4 +1,4 @@
-"""How the rescaling runs: kernels independent of the number of layers, no wait for the device, no weight-sized memory."""
+"""How a rescaling runs: as many kernels for any number of layers, no wait for the device, no weight-sized memory."""
 
 import weakref
 

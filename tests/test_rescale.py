@@ -348,18 +348,17 @@ def test_everything_is_the_same_bits_for_any_power_of_two_on_the_gradients(how):
 
 
 @pytest.mark.parametrize("how", SCALINGS)
-def test_low_precision_adapters_are_scaled_by_powers_of_two(how):
-    """bfloat16 factors are then scaled without rounding, and only the float32 accumulator rounds."""
-    model = fill_factors(adapted(Net().bfloat16(), autocast_adapter_dtype=False, scaling=how))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_takes_from_low_precision_factors_goes_into_the_accumulator(how, dtype):
+    """Scaling rounds them by 2^-9 or 2^-12, and yet only the float32 accumulator rounds the function."""
+    model = fill_factors(adapted(Net().to(dtype), autocast_adapter_dtype=False, scaling=how))
     for _ in range(3):
         move(model, size=2.0)
         random_gradients(model)
         before = [(change(layer), factors_of(layer)) for layer in layers_of(model)]
         rescale(model)
-        for layer, (was, factors) in zip(layers_of(model), before):
-            assert all(p.dtype == torch.bfloat16 for p in layer.factors("default"))
-            for ratio in scales_between(factors, factors_of(layer)):
-                np.testing.assert_array_equal(np.log2(ratio), np.round(np.log2(ratio)))
+        for layer, (was, _) in zip(layers_of(model), before):
+            assert all(p.dtype == dtype for p in layer.factors("default"))
             assert np.linalg.norm(change(layer) - was) < 1e-6 * np.linalg.norm(accumulated(layer))
     assert any(
         (scales_between(factors, factors_of(layer))[0] != 1).any()
@@ -383,9 +382,7 @@ def test_float64_adapters_are_scaled_as_exactly_as_their_accumulator_allows():
 # The whole algorithm
 
 
-def algorithm_pair(
-    how, interval, seed, steps, monkeypatch, optimizer="Adam", dtype=torch.float32, schedule=None, **config
-):
+def algorithm_pair(how, interval, seed, steps, monkeypatch, optimizer, dtype, schedule, **config):
     """Train one layer with the package and with the transcription; yields both after every step."""
     monkeypatch.setattr(scaling, "MIN_COLUMN_NORM", 0.0)  # the paper has no floor
     m, n, r, eta, weight_decay = 9, 7, 2, 5e-3, 0.1 if optimizer == "AdamW" else 0.0
@@ -400,11 +397,11 @@ def algorithm_pair(
         net.to(dtype), r=r, lora_alpha=2.5, scaling=how, scaling_interval=interval, smoothness=L, **config
     )  # fmt: skip
     (layer,) = layers_of(model)
-    lora_B, lora_A = layer.factors("default")
+    lora_A = layer.factors("default")[1]
     torch.manual_seed(seed)
     nn.init.normal_(lora_A, std=0.2)
     method = getattr(torch.optim, optimizer)(trainable(model), lr=eta, weight_decay=weight_decay)
-    rates = torch.optim.lr_scheduler.LambdaLR(method, schedule or (lambda step: 1.0))
+    rates = torch.optim.lr_scheduler.LambdaLR(method, schedule)
     oracle = reference.ReferenceScaLoRA(
         layer.get_base_layer().weight.detach().numpy(), np.zeros((m, r)), lora_A.detach().numpy().T,
         lambda weight: (x @ weight.T - y).T @ x / len(x),
@@ -429,19 +426,20 @@ def assert_close(a, b, tolerance):
 @pytest.mark.parametrize("how", SCALINGS)
 @pytest.mark.parametrize("config", [{"accumulator": "dense"}, {"accumulator_rank": 7}], ids=["dense", "factored"])
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
-def test_the_algorithm_step_by_step(optimizer, config, how, interval, monkeypatch):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6)], ids=str)
+def test_the_algorithm_step_by_step(dtype, tolerance, optimizer, config, how, interval, monkeypatch):
     """Weight and factors after each of 20 steps, with a warmup, against the paper in float64."""
     seed, used, scaled = {"column": 3, "scalar": 0, "exact": 1}[how], [], 0
 
     def warmup(step):
         return min(1.0, (step + 1) / 8)
 
-    run = algorithm_pair(how, interval, seed, 20, monkeypatch, optimizer, schedule=warmup, **config)
+    run = algorithm_pair(how, interval, seed, 20, monkeypatch, optimizer, dtype, warmup, **config)
     for step, (layer, oracle, base, report) in enumerate(run, start=1):
         lora_B, lora_A = factors_of(layer)
-        assert_close(base + change(layer), oracle.weight, 1e-5)
-        assert_close(lora_B, oracle.A, 1e-4)
-        assert_close(lora_A.T, oracle.B, 1e-4)
+        assert_close(base + change(layer), oracle.weight, tolerance / 10)
+        assert_close(lora_B, oracle.A, tolerance)
+        assert_close(lora_A.T, oracle.B, tolerance)
         if step % interval == 0:
             assert min(oracle.alpha.min(), oracle.beta.min()) > 1e-3, "choose a seed where the paper zeroes nothing"
             used.append(oracle.used)
@@ -548,6 +546,20 @@ def test_a_model_without_scalora_is_untouched(kind):
         torch.testing.assert_close(p.double(), want, rtol=1e-5, atol=1e-6)
     assert all(same(value, saved[name]) for name, value in snapshot(bystander).items())
     assert last_report(optimizer) is None
+
+
+def test_one_model_of_two_that_share_an_optimizer():
+    models = [fill_factors(adapted(Net())) for _ in range(2)]
+    optimizer = torch.optim.AdamW([p for model in models for p in trainable(model)], lr=1e-3)
+    for model in models:
+        backward(model)
+    saved = [snapshot(model) for model in models]
+    assert rescale(models[0], optimizer).layers == 3
+    changed = [
+        [not torch.equal(value, old[name]) for name, value in snapshot(model).items()]
+        for model, old in zip(models, saved)
+    ]
+    assert any(changed[0]) and not any(changed[1])
 
 
 def test_only_the_adapter_that_is_trained():
@@ -678,13 +690,17 @@ def spoiled(kind, model):
         lora_A.grad = None
     elif kind == "both missing":
         lora_A.grad = lora_B.grad = None
+    elif kind == "nan factor":
+        lora_B.data[2, 0] = math.nan
+        lora_B.grad.fill_(math.nan)
+        lora_A.grad.fill_(math.nan)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD momentum", "bnb AdamW32bit", "bnb AdamW8bit"])
 @pytest.mark.parametrize(
     "config", [{"accumulator": "dense"}, {}, {"accumulator_rank": 4}], ids=["dense", "room", "full"]
 )
-@pytest.mark.parametrize("kind", ["nan", "inf", "zero", "missing", "both missing"])
+@pytest.mark.parametrize("kind", ["nan", "inf", "zero", "missing", "both missing", "nan factor"])
 def test_a_layer_without_a_usable_gradient_is_skipped_alone(kind, config, name):
     """Its parameters, gradients, accumulator and optimizer state keep their bits; its neighbours are rescaled."""
     model = fill_factors(adapted(Net(), scaling_interval=3, **config))
@@ -763,11 +779,15 @@ def set_gradients(layer, G):
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("eta_B, eta_A", [(2e-3, 2e-3), (3.2e-2, 2e-3)], ids=["one rate", "LoRA+"])
 def test_smoothness_goes_with_the_base_learning_rate_of_each_factor(eta_B, eta_A, scheduled, how, monkeypatch):
-    """In the middle of a warmup the scheduled rate is a tenth of it. LoRA+ gives lora_B a rate of its own."""
+    """In the middle of a warmup the scheduled rate is a tenth of it. LoRA+ gives lora_B a rate of its own.
+
+    s is the scale that the adapter has now, not the configured one.
+    """
     monkeypatch.setattr(scaling, "MIN_COLUMN_NORM", 0.0)
     L = 123.0
     model = fill_factors(adapted(Chain(1, 8, 10), scaling=how, smoothness=L))
     (layer,) = layers_of(model)
+    layer.set_scale("default", 0.6)
     lora_B, lora_A = layer.factors("default")
     optimizer = torch.optim.AdamW([{"params": [lora_B], "lr": eta_B}, {"params": [lora_A], "lr": eta_A}])
     if scheduled:
@@ -783,7 +803,7 @@ def test_smoothness_goes_with_the_base_learning_rate_of_each_factor(eta_B, eta_A
 
 
 def test_auto_smoothness_keeps_the_norm_of_the_initialised_factor(monkeypatch):
-    """1 / (L η s²) is the mean squared column norm of lora_A at the start, whatever the rate and however it has grown."""
+    """1 / (L η s²) is the mean squared column norm of lora_A at the start, whatever the rate and its present norm."""
     monkeypatch.setattr(scaling, "MIN_COLUMN_NORM", 0.0)
     model = adapted(Chain(1, 8, 10))
     (layer,) = layers_of(model)

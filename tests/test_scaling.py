@@ -12,7 +12,7 @@ from scipy.optimize import minimize, nnls
 from torch import nn
 
 from peft_scalora import scaling
-from peft_scalora.scaling import column_scales, nearest_power_of_two, normal_system, solve
+from peft_scalora.scaling import column_scales, normal_system, solve
 
 SCALINGS = ("column", "scalar", "exact")
 # (r, m, n): r = 1, ordinary, r = min(m, n), r > min(m, n)
@@ -109,7 +109,7 @@ def test_solve_agrees_with_the_paper(how, shape):
 def test_column_scales_agree_with_the_paper(how, shape, monkeypatch):
     """With L, η, s and the gradients as PEFT has them; without the floor, which the paper does not have."""
     monkeypatch.setattr(scaling, "MIN_COLUMN_NORM", 0.0)
-    problems, names = batch_of(shape, GENERIC + ("zero_column_of_A", "zero_column_of_B", "zero_A", "unseen_column"))
+    problems, names = batch_of(shape, (*GENERIC, "zero_column_of_A", "zero_column_of_B", "zero_A", "unseen_column"))
     H, _ = system_of(problems)
     scales = scales_of(problems, how)
     for k, (A, B, G) in enumerate(problems):
@@ -212,7 +212,18 @@ def random_nnls_problem(rng, r, m, n):
     return A, B, G
 
 
-@pytest.mark.parametrize("r, m, n, count", [(1, 3, 2, 60), (2, 2, 2, 200), (4, 8, 12, 200), (8, 3, 3, 100), (16, 40, 24, 60), (16, 4, 4, 60), (16, 10, 12, 60)])  # fmt: skip
+@pytest.mark.parametrize(
+    "r, m, n, count",
+    [
+        (1, 3, 2, 60),
+        (2, 2, 2, 200),
+        (4, 8, 12, 200),
+        (8, 3, 3, 100),
+        (16, 40, 24, 60),
+        (16, 4, 4, 60),
+        (16, 10, 12, 60),
+    ],
+)
 def test_exact_is_the_nonnegative_least_squares_solution(r, m, n, count):
     rng = np.random.default_rng(r * m * n)
     problems = [random_nnls_problem(rng, r, m, n) for _ in range(count)]
@@ -337,8 +348,8 @@ def zeroing_gradient(A, B, how, rng):
         V, b, _ = np.linalg.svd(B, full_matrices=False)
         a, b = a**2, b**2
         pairs = itertools.product(itertools.permutations(range(len(a)), 2), repeat=2)
-        (i, j), (k, l) = next(((i, j), (k, l)) for (i, j), (k, l) in pairs if 1.05 < 1.05 * a[j] / a[i] < b[l] / b[k])
-        candidates = [np.outer(U[:, i], V[:, k]) + np.outer(U[:, j], V[:, l])]
+        of_A, of_B = next((i, j) for i, j in pairs if 1.05 < 1.05 * a[i[1]] / a[i[0]] < b[j[1]] / b[j[0]])
+        candidates = [U[:, of_A] @ V[:, of_B].T]
     else:
         shapes = (len(A), 2), (2, len(B))
         candidates = [np.matmul(*(np.abs(rng.standard_normal(shape)) for shape in shapes)) for _ in range(20)]
@@ -387,7 +398,7 @@ def test_a_zero_gradient_is_skipped(how):
 
 
 def test_each_factor_has_its_own_learning_rate():
-    """1 / (L η s²) enters α with the rate of lora_A and β with that of lora_B, the solution u itself has no rate in it."""
+    """1 / (L η s²) enters α with the rate of lora_A and β with that of lora_B; u itself has no rate in it."""
     problems, _ = batch_of((3, 7, 6), ("random",))
     A, B, GB, GtA = stack(problems)
     one = torch.ones(len(problems))
@@ -395,10 +406,3 @@ def test_each_factor_has_its_own_learning_rate():
     apart = column_scales(A, B, GB, GtA, 400 * one, 100 * one, "scalar")
     torch.testing.assert_close(apart.alpha_LR, 2 * both.alpha_LR, rtol=1e-12, atol=0)
     assert torch.equal(apart.beta_LR, both.beta_LR)
-
-
-def test_nearest_power_of_two_by_brute_force():
-    scales = 2.0 ** torch.linspace(-12, 12, 997)
-    powers = 2.0 ** torch.arange(-14.0, 15)
-    nearest = powers[(scales.log2()[:, None] - powers.log2()).abs().argmin(1)]
-    assert torch.equal(nearest_power_of_two(scales), nearest)

@@ -113,6 +113,10 @@ class ScaLoRAConfig(LoraConfig):
         """R of a layer with adapter rank r and a weight of out_features x in_features."""
         return min(self.accumulator_rank or 8 * r, out_features, in_features)
 
+    def to_dict(self) -> dict:
+        """As for LoraConfig, with sets as sorted lists: the same adapter is saved as the same bytes."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration, and say in the model card what loading the adapter needs."""
         super().save_pretrained(save_directory, **kwargs)

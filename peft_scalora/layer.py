@@ -54,6 +54,12 @@ class HeldDict(nn.ModuleDict):
 class HostHeldDict(HeldDict):
     held = HostHeld
 
+    def __getitem__(self, key: str) -> Tensor:
+        held = nn.ModuleDict.__getitem__(self, key)
+        if held.weight.device.type not in ("cpu", "meta"):  # loading with assign=True puts it where the file was read
+            held.weight = held.weight.cpu()
+        return held.weight
+
 
 class _Number:
     """One entry of `Progress.numbers` as a Python int."""
@@ -105,7 +111,7 @@ class ScaLoRALayer:
         self.scalora_U[adapter] = U
         self.scalora_V[adapter] = torch.zeros(0 if dense else rank, in_features, device=device)
         self.scalora_norms[adapter] = torch.stack([self._initial_column_norm2(adapter).to(device), U.new_zeros(())])
-        self.scalora_progress[adapter] = torch.zeros(3, dtype=torch.int64)
+        self.scalora_progress[adapter] = torch.zeros(3, dtype=torch.int64, device="cpu")
         LAYERS.add(self)
 
     def _accumulator_device(self) -> torch.device:
@@ -248,7 +254,9 @@ class ScaLoRALayer:
             for held in (self.scalora_U, self.scalora_V, self.scalora_norms):
                 held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
             norms = self.scalora_norms[adapter_name]
-            if norms[0].isnan():  # a plain LoRA adapter, loaded over factors that had no values yet
+            if (
+                not norms.is_meta and norms[0].isnan()
+            ):  # a plain LoRA adapter, loaded over factors that had no values yet
                 norms[0] = self._initial_column_norm2(adapter_name)
 
     def __setstate__(self, state: dict) -> None:
@@ -280,7 +288,8 @@ class _LinearMixin(ScaLoRALayer):
         plain = not self.lora_variant and all(_is_plain(self.lora_A[a]) and _is_plain(self.lora_B[a]) for a in adapters)
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or not plain:
             return super().forward(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
+        for name in ("adapter_names", "alora_offsets"):  # PEFT's own, not the base layer's
+            kwargs.pop(name, None)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:

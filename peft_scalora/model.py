@@ -54,6 +54,11 @@ class ScaLoRAModel(LoraModel):
                 f"ScaLoRA does not support ensure_weight_tying=True for target_modules={target_name!r}: tied layers "
                 "would share one pair of factors. Set ensure_weight_tying=False, or target only one of the tied layers."
             )
+        if not _is_rescalable(base, lora_config):
+            warnings.warn(
+                f"{current_key}: rescaling is not defined for {type(base).__name__} with groups > 1 or a custom LoRA "
+                "layer; this layer is trained as plain LoRA."
+            )
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         # A layer that transformers has already given a plain LoRA adapter.
         if isinstance(target, LoraLayer) and not isinstance(target, ScaLoRALayer) and _is_rescalable(base, lora_config):
@@ -62,14 +67,9 @@ class ScaLoRAModel(LoraModel):
     @staticmethod
     def _create_new_module(lora_config: ScaLoRAConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_rescalable(base, lora_config):
-            warnings.warn(
-                f"{kwargs.get('target_name')}: rescaling is not defined for {type(base).__name__} with groups > 1 or a "
-                "custom LoRA layer; this layer is trained as plain LoRA."
-            )
-            return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         new_module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        _make_all_scalora(new_module, adapter_name, lora_config)
+        if _is_rescalable(base, lora_config):
+            _make_all_scalora(new_module, adapter_name, lora_config)
         return new_module
 
     @classmethod

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+SCALINGS = ("column", "scalar", "exact")
 GENERIC = ("random", "low_rank_gradient", "positive", "sizes")
 DEGENERATE = (
     "zero_column_of_A",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from peft_scalora import ScaLoRAConfig
 from peft_scalora.layer import ScaLoRALayer
 
 VOCABULARY = 40
+SCALE = 1.5  # lora_alpha / r of scalora_config
+every_accumulator = pytest.mark.parametrize("accumulator", ["factored", "dense"])
 
 
 class Linears(nn.Module):
@@ -153,6 +156,7 @@ KINDS = {
     "Llama": Kind(tiny_llama, ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"], tokens),
     "BERT": Kind(tiny_bert, ["query", "value", "word_embeddings"], tokens, {"modules_to_save": ["classifier"]}),
 }
+every_layer_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def scalora_config(**kwargs) -> ScaLoRAConfig:
@@ -301,3 +305,22 @@ def distance(a: Tensor, b: Tensor) -> float:
     """Largest difference relative to the largest value."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def factor_parameters(model, adapter="default"):
+    """Layer name in the base model -> {"lora_A": parameter, "lora_B": parameter}, found by their public names."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.removeprefix("base_model.model.").removesuffix(".weight").split(".")
+        if parts[-1] == adapter and parts[-2].startswith("lora_"):
+            layer = ".".join(part for part in parts[:-2] if part != "base_layer")
+            found.setdefault(layer, {})[parts[-2]] = parameter
+    return found
+
+
+def grads_of(model):
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def double(x):
+    return x.double() if x.is_floating_point() else x

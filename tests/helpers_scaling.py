@@ -1,0 +1,29 @@
+"""Batches of problems and the scales that scaling.py gives them."""
+
+import torch
+from helpers import PROBLEMS, problem, stack
+
+from peft_scalora.scaling import column_scales, normal_system, solve
+
+# (r, m, n): r = 1, ordinary, r = min(m, n), r > min(m, n)
+SHAPES = [(1, 5, 4), (3, 7, 6), (4, 4, 9), (6, 4, 3)]
+SEEDS = range(4)
+L, ETA, S = 3.7, 2e-3, 1.6
+TARGET2 = 1 / (L * ETA * S**2)  # the squared norm that orthogonal columns are brought to
+
+
+def batch_of(shape, kinds=PROBLEMS):
+    """Every kind of problem of one shape in one batch, so that a degenerate layer could spoil its neighbours."""
+    problems = [problem(kind, *shape, seed) for kind in kinds for seed in SEEDS]
+    return problems, [f"{kind} {seed}" for kind in kinds for seed in SEEDS]
+
+
+def scales_of(problems, how, target2=TARGET2, s=S):
+    A, B, GB, GtA = stack(problems, s)
+    target2_L = torch.full((len(problems),), target2, dtype=torch.float64)
+    return column_scales(A, B, GB, GtA, target2_L, target2_L, how)
+
+
+def solve_all(problems, how):
+    u, determined, by_column = solve(*normal_system(*stack(problems)), how)
+    return u.numpy(), determined.numpy(), by_column.numpy()

@@ -168,8 +168,8 @@ def _rescale(targets: list[_Target], optimizer: torch.optim.Optimizer | None) ->
         else:
             if hasattr(target.lora_A, "full_tensor"):
                 raise TypeError(
-                    "ScaLoRA cannot rescale sharded parameters (DTensor, as FSDP2 makes) yet: train with DDP, or on one "
-                    "device."
+                    "ScaLoRA cannot rescale sharded parameters (DTensor, as FSDP2 makes) yet: train with DDP, or on "
+                    "one device."
                 )
             if target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
                 raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")

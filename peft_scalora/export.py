@@ -124,7 +124,11 @@ def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]
     for name, layer in plain.items():
         key, r = name.removeprefix("base_model.model."), layer.lora_A.shape[0]
         kept["rank_pattern"][key], kept["alpha_pattern"][key] = r, layer.scaling * r
-    return LoraConfig(**kept | {"inference_mode": True})
+    plain_config = LoraConfig(**kept | {"inference_mode": True})
+    for name, value in vars(plain_config).items():
+        if isinstance(value, set):  # in a fixed order, so that an export is always the same bytes
+            setattr(plain_config, name, sorted(value))
+    return plain_config
 
 
 def _write_folder(path: str, state: dict[str, Tensor], config: LoraConfig, error: float) -> None:

@@ -4,7 +4,7 @@ The base model is random and frozen, so the adapters have to learn all there is,
 generated English; held-out sentences of the same words. One JSON a run; `--report` makes the table and plot of all that
 are there.
 
-    for lr in 5e-3 1e-2; do for m in "lora 4" "scalora 4" "lora 16"; do
+    for lr in 1.25e-3 2.5e-3 5e-3 1e-2; do for m in "lora 4" "scalora 4" "lora 16"; do
         python eval/long_run.py --method ${m% *} --r ${m#* } --learning-rate $lr --output eval/results/long_run
     done; done
     python eval/long_run.py --report --output eval/results/long_run

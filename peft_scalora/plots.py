@@ -37,7 +37,8 @@ def plot_lines(path: str | os.PathLike, panels: Sequence[tuple[str, str, Series]
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if len(series) > 1:
-            axis.legend(frameon=False)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncol": 4}  # never over a curve
+            axis.legend(frameon=False, **below)
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

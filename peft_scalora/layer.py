@@ -170,9 +170,10 @@ class ScaLoRALayer:
         if adapter not in self.scalora_U:
             return result
         factors = self.accumulated_factors(adapter, self.factors(adapter)[1].dtype)
-        if factors is None:
-            return result
-        return result + self._accumulated_output(adapter, x, *factors).to(result.dtype)
+        return result if factors is None else self._add_output(adapter, x, *factors, result)
+
+    def _add_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor, result: Tensor) -> Tensor:
+        return result + self._accumulated_output(adapter, x, U, V).to(result.dtype)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         result = super().forward(x, *args, **kwargs)
@@ -180,9 +181,10 @@ class ScaLoRALayer:
             return result
         names = kwargs.get("adapter_names")
         if names is None:
+            dtype = result.dtype
             for adapter in self.active_adapters:
                 result = self._add_accumulated(adapter, x, result)
-            return result
+            return result.to(dtype)
         for adapter in sorted(set(names) & self.scalora_U.keys()):
             rows = [row for row, name in enumerate(names) if name == adapter]
             result[rows] = self._add_accumulated(adapter, x[rows], result[rows])
@@ -254,9 +256,8 @@ class ScaLoRALayer:
             for held in (self.scalora_U, self.scalora_V, self.scalora_norms):
                 held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
             norms = self.scalora_norms[adapter_name]
-            if (
-                not norms.is_meta and norms[0].isnan()
-            ):  # a plain LoRA adapter, loaded over factors that had no values yet
+            # A plain LoRA adapter, loaded over factors that had no values yet.
+            if not norms.is_meta and norms[0].isnan():
                 norms[0] = self._initial_column_norm2(adapter_name)
 
     def __setstate__(self, state: dict) -> None:
@@ -299,13 +300,8 @@ class _LinearMixin(ScaLoRALayer):
             result = self._add_accumulated(adapter, x, result)
         return result.to(dtype)
 
-    def _add_accumulated(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        if adapter not in self.scalora_U:
-            return result
-        factors = self.accumulated_factors(adapter, self.lora_A[adapter].weight.dtype)
-        if factors is None:
-            return result
-        (U, V), x = factors, x.to(factors[0].dtype)
+    def _add_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor, result: Tensor) -> Tensor:
+        x = x.to(U.dtype)
         return _add_product(result, x if self.is_dense(adapter) else F.linear(x, V), U)
 
 

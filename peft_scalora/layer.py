@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .accumulator import singular_values
 from .config import ScaLoRAConfig
+from .low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
 
 # Every live ScaLoRA layer, so that a hook on any optimizer can find the layers whose parameters it steps.
 LAYERS: weakref.WeakSet[ScaLoRALayer] = weakref.WeakSet()
@@ -146,16 +147,20 @@ class ScaLoRALayer:
         initial = self.initial_scaling(adapter)
         return self.scaling[adapter] / initial if initial else 1.0
 
-    def accumulated_factors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The columns of U and rows of V in use, scaled and cast; None while nothing has been folded."""
+    def _columns_in_use(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The columns of U and rows of V that hold folded change, perhaps none."""
         U, V = self.scalora_U[adapter], self.scalora_V[adapter]
         # A compiled graph wants one shape: all R columns, of which the unused are zero.
-        if not torch.compiler.is_compiling():
-            columns = self.progress(adapter).columns
-            if columns == 0:
-                return None
-            if not self.is_dense(adapter):
-                U, V = U[:, :columns], V[:columns]
+        if torch.compiler.is_compiling() or self.is_dense(adapter):
+            return U, V
+        columns = self.progress(adapter).columns
+        return U[:, :columns], V[:columns]
+
+    def accumulated_factors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The columns of U and rows of V in use, scaled and cast; None while nothing has been folded."""
+        if not torch.compiler.is_compiling() and self.progress(adapter).columns == 0:
+            return None
+        U, V = self._columns_in_use(adapter)
         scale = self._relative_scale(adapter)
         if isinstance(scale, Tensor) or scale != 1.0:
             U = U * scale
@@ -170,10 +175,7 @@ class ScaLoRALayer:
         if adapter not in self.scalora_U:
             return result
         factors = self.accumulated_factors(adapter, self.factors(adapter)[1].dtype)
-        return result if factors is None else self._add_output(adapter, x, *factors, result)
-
-    def _add_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor, result: Tensor) -> Tensor:
-        return result + self._accumulated_output(adapter, x, U, V).to(result.dtype)
+        return result if factors is None else result + self._accumulated_output(adapter, x, *factors).to(result.dtype)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         result = super().forward(x, *args, **kwargs)
@@ -267,42 +269,65 @@ class ScaLoRALayer:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is no more than F.linear: engines that shard parameters wrap or hook it."""
+    """Whether calling the module is no more than F.linear: engines that shard parameters wrap, hook or retype it."""
+    if type(linear) is not nn.Linear or type(linear.weight) not in (Tensor, nn.Parameter):
+        return False
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    replaced = type(linear) is not nn.Linear or "forward" in linear.__dict__  # accelerate's offloading does the latter
-    return linear.bias is None and not replaced and not any(hooks)
+    return not any(hooks) and "forward" not in linear.__dict__  # accelerate's offloading sets the latter
 
 
-def _add_product(result: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """result + hidden weightᵀ in one pass over the result, which is the largest tensor here."""
-    if result.dim() < 2 or result.dtype != hidden.dtype or result.device != weight.device:
-        return result + F.linear(hidden, weight)
-    return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), weight.T).view(result.shape)
+def _product_dtype(factor: Tensor) -> torch.dtype:
+    device = factor.device.type
+    autocast = torch.is_autocast_enabled(device) and factor.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else factor.dtype
 
 
 class _LinearMixin(ScaLoRALayer):
-    """The forward pass of PEFT's lora.Linear with s applied to r numbers a token instead of `out`, and no temporaries
-    of the result's size."""
+    """The forward pass of PEFT's lora.Linear with all products added in place (low_rank.py)."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
-        plain = not self.lora_variant and all(_is_plain(self.lora_A[a]) and _is_plain(self.lora_B[a]) for a in adapters)
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or not plain:
+        factors = [held[adapter] for adapter in adapters for held in (self.lora_A, self.lora_B)]
+        fusible = not self.lora_variant and all(_is_plain(factor) and factor.bias is None for factor in factors)
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or not fusible:
             return super().forward(x, *args, **kwargs)
         for name in ("adapter_names", "alora_offsets"):  # PEFT's own, not the base layer's
             kwargs.pop(name, None)
-        result = self.base_layer(x, *args, **kwargs)
+        if adapters and not (args or kwargs) and self._is_base_fusible(x, adapters[0]):
+            result, adapters = self._add_products(adapters[0], x, None), adapters[1:]
+        else:
+            result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
-            x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
-            hidden = self.lora_A[adapter](self.lora_dropout[adapter](x)) * self.scaling[adapter]
-            result = _add_product(result, hidden, self.lora_B[adapter].weight)
-            result = self._add_accumulated(adapter, x, result)
+            result = self._add_products(adapter, x, result)
         return result.to(dtype)
 
-    def _add_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor, result: Tensor) -> Tensor:
-        x = x.to(U.dtype)
-        return _add_product(result, x if self.is_dense(adapter) else F.linear(x, V), U)
+    def _is_dropping(self, adapter: str) -> bool:
+        dropout = self.lora_dropout[adapter]
+        return dropout.training and not isinstance(dropout, nn.Identity)
+
+    def _is_base_fusible(self, x: Tensor, adapter: str) -> bool:
+        """Whether the base layer is a frozen matrix that sees the same input as the adapter."""
+        if torch.compiler.is_compiling() or not _is_plain(self.base_layer) or self._is_dropping(adapter):
+            return False
+        dtype, base = _product_dtype(self.lora_A[adapter].weight), self.base_layer.parameters()
+        return x.dtype.is_floating_point and all(p.dtype == dtype and not p.requires_grad for p in base)
+
+    def _add_products(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
+        """result + s B A x + U V x; without a result, that of the base layer."""
+        lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        dtype = _product_dtype(lora_A)
+        x = self._cast_input_dtype(x, lora_A.dtype).to(dtype)
+        apart = self._is_dropping(adapter) or adapter not in self.scalora_U or self.is_dense(adapter)
+        U, V = (lora_B[:, :0], lora_A[:0]) if apart else self._columns_in_use(adapter)
+        products = (lora_A.to(dtype), lora_B.to(dtype), U.detach(), V.detach(), self.scaling[adapter])
+        scale = 1.0 if apart else self._relative_scale(adapter)
+        if result is None:
+            result = linear_plus_low_rank(x, self.base_layer.weight, self.base_layer.bias, *products, scale)
+        else:
+            add = add_low_rank_reference if torch.compiler.is_compiling() else add_low_rank
+            result = add(result, self.lora_dropout[adapter](x), *products, scale)
+        return self._add_accumulated(adapter, x, result) if apart else result
 
 
 class _EmbeddingMixin(ScaLoRALayer):

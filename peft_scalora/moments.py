@@ -80,32 +80,46 @@ def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
         )
 
 
-def multiply(tensors: list[Tensor], scale_LR: Tensor, dim: int) -> None:
-    """Multiply matrices of one shape in place, layer l by scale_LR[l] along `dim` (0 rows, 1 columns).
+def multiply(tensors_KL: list[list[Tensor]], scale_KLR: Tensor, dim: int) -> None:
+    """Multiply K kinds of matrices of L layers in place, kind k of layer l by scale_KLR[k, l] along `dim` (0 rows,
+    1 columns).
 
-    Convolution kernels count as matrices of their flattened trailing dimensions. The product is rounded once.
+    All have one shape; convolution kernels count as matrices of their flattened trailing dimensions. The product is
+    taken in float32 or better and rounded once.
     """
-    if not tensors:
-        return
-    stacked = torch.stack([tensor.detach() for tensor in tensors])
-    shape = [scale_LR.shape[0]] + [1] * (stacked.dim() - 1)
-    shape[1 + dim] = scale_LR.shape[1]
-    torch._foreach_copy_([tensor.detach() for tensor in tensors], list((stacked * scale_LR.view(shape)).unbind()))
+    tensors = [tensor.detach() for kind in tensors_KL for tensor in kind]
+    stacked = torch.stack(tensors)
+    shape = [len(tensors)] + [1] * (stacked.dim() - 1)
+    shape[1 + dim] = scale_KLR.shape[-1]
+    torch._foreach_copy_(tensors, list((stacked * scale_KLR.reshape(shape)).unbind()))
 
 
-def transport(optimizer: torch.optim.Optimizer, params: list[Tensor], scale_LR: Tensor, dim: int) -> None:
-    """Multiply the state of factors of one shape by powers of the other factor's scales along `dim`."""
-    for name, power in rule_for(optimizer).items():
-        held = [i for i, p in enumerate(params) if isinstance(optimizer.state.get(p, {}).get(name), Tensor)]
-        if not held or power == 0:
-            continue
-        scale = scale_LR if len(held) == len(params) else scale_LR[held]
-        states = [optimizer.state[params[i]] for i in held]
-        quantized = [state for state in states if state[name].dtype == torch.uint8]
-        if not quantized:
-            multiply([state[name] for state in states], scale**power, dim)
+def carried_states(optimizer: torch.optim.Optimizer | None, param: Tensor) -> dict[str, int]:
+    """State name -> power of the scale, of the states that the optimizer holds of `param` by now."""
+    if optimizer is None:
+        return {}
+    state = optimizer.state.get(param, {})
+    return {name: power for name, power in rule_for(optimizer).items() if power and isinstance(state.get(name), Tensor)}
+
+
+def carried_scales(powers: tuple[int, ...], own_LR: Tensor, other_LR: Tensor) -> Tensor:
+    """Scales (K, L, R) of a factor, of its gradient and of its carried states, which have these powers."""
+    by_power = {power: other_LR if power == 1 else other_LR**power for power in {1, *powers}}
+    return torch.stack([own_LR, other_LR, *(by_power[power] for power in powers)])
+
+
+def carry(optimizer: torch.optim.Optimizer | None, params: list[Tensor], scale_KLR: Tensor, dim: int) -> None:
+    """Multiply factors of one shape, their gradients and the optimizer's state of them, all with the same
+    `carried_states`, by their `carried_scales`."""
+    kinds, dense = [params, [p.grad for p in params]], [0, 1]
+    for k, name in enumerate(carried_states(optimizer, params[0]), start=2):
+        states = [optimizer.state[p] for p in params]
+        if states[0][name].dtype == torch.uint8:
+            _multiply_quantized(states, name, scale_KLR[k], dim)
         else:
-            _multiply_quantized(states, name, scale**power, dim)
+            kinds.append([state[name] for state in states])
+            dense.append(k)
+    multiply(kinds, scale_KLR if len(dense) == len(scale_KLR) else torch.stack([scale_KLR[k] for k in dense]), dim)
 
 
 def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: int) -> None:
@@ -117,7 +131,7 @@ def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: in
     values = [
         dequantize_blockwise(s[name], absmax=s[absmax], code=s[code], blocksize=_BITSANDBYTES_BLOCK) for s in states
     ]
-    multiply(values, scale_LR, dim)
+    multiply([values], scale_LR[None], dim)
     # Quantizing again is not the identity: what is not scaled keeps its bits.
     for state, value, scaled in zip(states, values, (scale_LR != 1).any(-1)):
         quantized, quant_state = quantize_blockwise(value, code=state[code], blocksize=_BITSANDBYTES_BLOCK)

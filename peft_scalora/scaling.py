@@ -35,29 +35,43 @@ class Scales(NamedTuple):
     skipped_L: Tensor  # bool: zero or non-finite gradient, all scales are 1
 
 
-def normal_system(A_LMR: Tensor, B_LNR: Tensor, GB_LMR: Tensor, GtA_LNR: Tensor) -> tuple[Tensor, Tensor]:
-    """H = (S_Aᵀ S_A) ∘ (S_Bᵀ S_B) with S_A = [A, G B], S_B = [Gᵀ A, B], and λ (Theorem 5).
+def gram_matrices(left_LMK: Tensor, right_LKN: Tensor) -> tuple[Tensor, Tensor]:
+    """leftᵀ left and right rightᵀ, (L, K, K), in float64.
 
-    Returns H_L2R2R and lam_L2R in the dtype of the arguments; costs O((M + N) R²) a layer.
+    Of S_A = [A, G B] and S_Bᵀ = [Gᵀ A, B]ᵀ they are all that the scales need to know; O((M + N) R²) a layer.
     """
-    left_LM2R = torch.cat([A_LMR, GB_LMR], dim=-1)
-    right_LN2R = torch.cat([GtA_LNR, B_LNR], dim=-1)
-    H_L2R2R = (left_LM2R.mT @ left_LM2R) * (right_LN2R.mT @ right_LN2R)
-    lam_L2R = torch.cat([GtA_LNR.square().sum(-2), GB_LMR.square().sum(-2)], dim=-1)
-    return H_L2R2R, lam_L2R
+    left_LMK, right_LKN = left_LMK.double(), right_LKN.double()
+    return left_LMK.mT @ left_LMK, right_LKN @ right_LKN.mT
 
 
-def _unit_diagonal(H_L2R2R: Tensor, lam_L2R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """H and λ of the normalised Z_i, the norms ‖Z_i‖, and which of them are not 0.
+def is_finite(matrix_LKK: Tensor) -> Tensor:
+    """Of every layer (L, 1, 1) whether all entries are finite; only then is their sum less itself 0."""
+    total_L11 = matrix_LKK.sum((-2, -1), keepdim=True)
+    return total_L11 - total_L11 == 0
+
+
+def _halves(first_L2R2R: Tensor, second_L2R2R: Tensor) -> Tensor:
+    """The first half of one diagonal and the second half of the other."""
+    R = first_L2R2R.shape[-1] // 2
+    first_L2R, second_L2R = (t.diagonal(dim1=-2, dim2=-1) for t in (first_L2R2R, second_L2R2R))
+    return torch.cat([first_L2R[..., :R], second_L2R[..., R:]], dim=-1)
+
+
+def normal_system(gram_A_L2R2R: Tensor, gram_B_L2R2R: Tensor) -> tuple[Tensor, Tensor]:
+    """H = (S_AᵀS_A) ∘ (S_BᵀS_B) and λ, the squared norms of the columns of Gᵀ A and G B (Theorem 5)."""
+    return gram_A_L2R2R * gram_B_L2R2R, _halves(gram_B_L2R2R, gram_A_L2R2R)
+
+
+def _unit_diagonal(H_L2R2R: Tensor, lam_L2R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """H and λ of the normalised Z_i, and the 1 / ‖Z_i‖, which is 0 for a zero Z_i.
 
     A zero Z_i gets the equation v_i = 0, which decouples it.
     """
     norm_L2R = H_L2R2R.diagonal(dim1=-2, dim2=-1).sqrt()
-    determined_L2R = norm_L2R > 0
-    inverse_L2R = torch.where(determined_L2R, 1 / norm_L2R, 0)
+    inverse_L2R = torch.where(norm_L2R > 0, 1 / norm_L2R, 0)
     H_L2R2R = H_L2R2R * inverse_L2R[..., None] * inverse_L2R[..., None, :]
-    H_L2R2R = H_L2R2R + torch.diag_embed((~determined_L2R).to(H_L2R2R.dtype))
-    return H_L2R2R, lam_L2R * inverse_L2R, norm_L2R, determined_L2R
+    H_L2R2R.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return H_L2R2R, lam_L2R * inverse_L2R, inverse_L2R
 
 
 def least_squares(H_L2R2R: Tensor, lam_L2R: Tensor) -> Tensor:
@@ -69,25 +83,24 @@ def least_squares(H_L2R2R: Tensor, lam_L2R: Tensor) -> Tensor:
 
 
 def scalar_solution(H_L2R2R: Tensor, lam_L2R: Tensor) -> Tensor:
-    """u with one value for all columns of A and one for all of B (Theorem 3), every case of it."""
+    """u with one value x for all columns of A and one, y, for all of B (Theorem 3), every case of it."""
     R = lam_L2R.shape[-1] // 2
-    h11_L = H_L2R2R[..., :R, :R].sum((-2, -1))
-    h12_L = H_L2R2R[..., :R, R:].sum((-2, -1))
-    h22_L = H_L2R2R[..., R:, R:].sum((-2, -1))
-    lam1_L, lam2_L = lam_L2R[..., :R].sum(-1), lam_L2R[..., R:].sum(-1)
-    C_A_L, C_B_L = lam1_L * h22_L - lam2_L * h12_L, lam2_L * h11_L - lam1_L * h12_L
-    C_L = h11_L * h22_L - h12_L.square()
-    x_alone_L = torch.where(h11_L > 0, lam1_L / h11_L, 0)
-    y_alone_L = torch.where(h22_L > 0, lam2_L / h22_L, 0)
+    h_L22 = H_L2R2R.unflatten(-1, (2, R)).unflatten(-3, (2, R)).sum((-3, -1))
+    lam_L2 = lam_L2R.unflatten(-1, (2, R)).sum(-1)
+    # A pair per layer: what concerns x, and its counterpart for y.
+    h_own_L2 = h_L22.diagonal(dim1=-2, dim2=-1)
+    h_other_L2, h_both_L1 = h_own_L2.flip(-1), h_L22[..., 0, 1:]
+    C_own_L2 = lam_L2 * h_other_L2 - lam_L2.flip(-1) * h_both_L1
+    product_L1 = h_own_L2[..., :1] * h_own_L2[..., 1:]
+    C_L1 = product_L1 - h_both_L1 * h_both_L1
+    alone_L2 = torch.where(h_own_L2 > 0, lam_L2 / h_own_L2, 0)
     # A Aᵀ G and G B Bᵀ collinear: any mixture of the two lone solutions is optimal, half of each has the least norm.
-    collinear_L = C_L <= RANK_TOLERANCE * h11_L * h22_L
-    x_L = torch.where(collinear_L, x_alone_L / 2, C_A_L / C_L)
-    y_L = torch.where(collinear_L, y_alone_L / 2, C_B_L / C_L)
-    only_A_L = (h22_L == 0) | (~collinear_L & (C_B_L <= 0) & (C_A_L > 0))
-    only_B_L = (h11_L == 0) | (~collinear_L & (C_A_L <= 0) & (C_B_L > 0))
-    x_L = torch.where(only_A_L, x_alone_L, torch.where(only_B_L, 0, x_L))
-    y_L = torch.where(only_B_L, y_alone_L, torch.where(only_A_L, 0, y_L))
-    return torch.cat([x_L[..., None].expand(*x_L.shape, R), y_L[..., None].expand(*y_L.shape, R)], dim=-1)
+    collinear_L1 = C_L1 <= RANK_TOLERANCE * product_L1
+    value_L2 = torch.where(collinear_L1, alone_L2 / 2, C_own_L2 / C_L1)
+    wanted_L2 = C_own_L2 > 0
+    only_L2 = (h_other_L2 == 0) | (~collinear_L1 & wanted_L2 & ~wanted_L2.flip(-1))
+    value_L2 = torch.where(only_L2, alone_L2, torch.where(only_L2.flip(-1), 0, value_L2))
+    return value_L2.repeat_interleave(R, dim=-1)
 
 
 def nonnegative_least_squares(H_L2R2R: Tensor, lam_L2R: Tensor) -> Tensor:
@@ -126,47 +139,37 @@ def solve(H_L2R2R: Tensor, lam_L2R: Tensor, scaling: str) -> tuple[Tensor, Tenso
     Returns u_L2R, which of its entries the gradient determines, and for which layers Theorem 5 gave the answer.
     An undetermined entry (zero column or zero gradient) is 0 in u and means: keep the scale 1.
     """
-    unit_H_L2R2R, unit_lam_L2R, norm_L2R, determined_L2R = _unit_diagonal(H_L2R2R, lam_L2R)
-    to_u_L2R = torch.where(determined_L2R, 1 / norm_L2R, 0)
+    unit_H_L2R2R, unit_lam_L2R, inverse_L2R = _unit_diagonal(H_L2R2R, lam_L2R)
+    determined_L2R = inverse_L2R > 0
+    by_column_L1 = torch.zeros_like(determined_L2R[..., :1])
     if scaling == "exact":
-        u_L2R = nonnegative_least_squares(unit_H_L2R2R, unit_lam_L2R) * to_u_L2R
-        by_column_L = torch.zeros_like(determined_L2R[..., 0])
+        u_L2R = nonnegative_least_squares(unit_H_L2R2R, unit_lam_L2R) * inverse_L2R
     else:
         u_L2R = scalar_solution(H_L2R2R, lam_L2R)
-        by_column_L = torch.zeros_like(determined_L2R[..., 0])
         if scaling == "column":
             v_L2R = least_squares(unit_H_L2R2R, unit_lam_L2R)
-            by_column_L = (v_L2R >= -NEGATIVE_TOLERANCE * v_L2R.abs().amax(-1, keepdim=True)).all(-1)
-            u_L2R = torch.where(by_column_L[..., None], v_L2R.clamp(min=0) * to_u_L2R, u_L2R)
-    return torch.where(determined_L2R, u_L2R, 0), determined_L2R, by_column_L
+            by_column_L1 = (v_L2R >= -NEGATIVE_TOLERANCE * v_L2R.abs().amax(-1, keepdim=True)).all(-1, keepdim=True)
+            u_L2R = torch.where(by_column_L1, v_L2R.clamp(min=0) * inverse_L2R, u_L2R)
+    return torch.where(determined_L2R, u_L2R, 0), determined_L2R, by_column_L1[..., 0]
 
 
 def column_scales(
-    A_LMR: Tensor,
-    B_LNR: Tensor,
-    GB_LMR: Tensor,
-    GtA_LNR: Tensor,
-    norm2_alpha_L: Tensor,
-    norm2_beta_L: Tensor,
-    scaling: str,
+    gram_A_L2R2R: Tensor, gram_B_L2R2R: Tensor, norm2_alpha_L: Tensor, norm2_beta_L: Tensor, scaling: str
 ) -> Scales:
-    """α and β of every layer, never 0, NaN or infinite.
+    """α and β of every layer, float64, never 0, NaN or infinite.
 
     norm2_alpha_L and norm2_beta_L are 1 / (L η s²) with the base learning rate η of lora_A and of lora_B: the squared
     norm that orthogonal columns are brought to. A layer whose gradient is zero or not finite keeps all scales at 1.
     """
-    A_LMR, B_LNR, GB_LMR, GtA_LNR = (t.double() for t in (A_LMR, B_LNR, GB_LMR, GtA_LNR))
-    H_L2R2R, lam_L2R = normal_system(A_LMR, B_LNR, GB_LMR, GtA_LNR)
-    finite_L = H_L2R2R.isfinite().all(-1).all(-1) & lam_L2R.isfinite().all(-1)
-    H_L2R2R = torch.where(finite_L[..., None, None], H_L2R2R, 0)
-    lam_L2R = torch.where(finite_L[..., None], lam_L2R, 0)
-    u_L2R, determined_L2R, by_column_L = solve(H_L2R2R, lam_L2R, scaling)
+    finite_L11 = is_finite(gram_A_L2R2R + gram_B_L2R2R)
+    gram_A_L2R2R, gram_B_L2R2R = (torch.where(finite_L11, gram, 0) for gram in (gram_A_L2R2R, gram_B_L2R2R))
+    u_L2R, determined_L2R, by_column_L = solve(*normal_system(gram_A_L2R2R, gram_B_L2R2R), scaling)
 
-    norm2_L2R = torch.stack([norm2_alpha_L, norm2_beta_L], -1).double().repeat_interleave(A_LMR.shape[-1], -1)
-    column_norm_L2R = torch.cat([A_LMR.square().sum(-2), B_LNR.square().sum(-2)], dim=-1).sqrt()
-    smallest_L2R = (MIN_COLUMN_NORM * norm2_L2R.sqrt() / column_norm_L2R).clamp(max=1)
-    scales_L2R = torch.maximum((u_L2R * norm2_L2R).sqrt(), smallest_L2R)
-    scales_L2R = torch.where(determined_L2R & scales_L2R.isfinite(), scales_L2R, 1)
-    alpha_LR, beta_LR = scales_L2R.chunk(2, dim=-1)
+    norm2_L21 = torch.stack([norm2_alpha_L, norm2_beta_L], -1).double()[..., None]
+    u_L2R, column_norm2_L2R = (t.unflatten(-1, (2, -1)) for t in (u_L2R, _halves(gram_A_L2R2R, gram_B_L2R2R)))
+    smallest_L2R = (MIN_COLUMN_NORM * (norm2_L21 / column_norm2_L2R).sqrt()).clamp(max=1)
+    scales_L2R = torch.maximum((u_L2R * norm2_L21).sqrt(), smallest_L2R)
+    scales_L2R = torch.where(determined_L2R.view_as(scales_L2R) & scales_L2R.isfinite(), scales_L2R, 1)
+    alpha_LR, beta_LR = scales_L2R.unbind(-2)
     skipped_L = ~determined_L2R.any(-1)
     return Scales(alpha_LR, beta_LR, by_column_L & ~skipped_L, skipped_L)

@@ -3,7 +3,7 @@
 import torch
 from helpers import PROBLEMS, problem, stack
 
-from peft_scalora.scaling import column_scales, normal_system, solve
+from peft_scalora.scaling import column_scales, gram_matrices, normal_system, solve
 
 # (r, m, n): r = 1, ordinary, r = min(m, n), r > min(m, n)
 SHAPES = [(1, 5, 4), (3, 7, 6), (4, 4, 9), (6, 4, 3)]
@@ -18,12 +18,16 @@ def batch_of(shape, kinds=PROBLEMS):
     return problems, [f"{kind} {seed}" for kind in kinds for seed in SEEDS]
 
 
+def grams(A, B, GB, GtA):
+    """Gram matrices of S_A = [A, G B] and S_B = [Gᵀ A, B]."""
+    return gram_matrices(torch.cat([A, GB], -1), torch.cat([GtA, B], -1).mT)
+
+
 def scales_of(problems, how, target2=TARGET2, s=S):
-    A, B, GB, GtA = stack(problems, s)
     target2_L = torch.full((len(problems),), target2, dtype=torch.float64)
-    return column_scales(A, B, GB, GtA, target2_L, target2_L, how)
+    return column_scales(*grams(*stack(problems, s)), target2_L, target2_L, how)
 
 
 def solve_all(problems, how):
-    u, determined, by_column = solve(*normal_system(*stack(problems)), how)
+    u, determined, by_column = solve(*normal_system(*grams(*stack(problems))), how)
     return u.numpy(), determined.numpy(), by_column.numpy()

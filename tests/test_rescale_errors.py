@@ -57,7 +57,11 @@ def spoiled(kind, model):
 )
 @pytest.mark.parametrize("kind", ["nan", "inf", "zero", "missing", "both missing", "nan factor"])
 def test_a_layer_without_a_usable_gradient_is_skipped_alone(kind, config, name):
-    """Its parameters, gradients, accumulator and optimizer state keep their bits; its neighbours are rescaled."""
+    """Its parameters, gradients, accumulator and optimizer state keep their bits; its neighbours are rescaled.
+
+    Where theirs are full, its accumulator is recompressed with theirs: the same change in other factors.
+    """
+    recompressed = config == {"accumulator_rank": 4} and "missing" not in kind
     model = fill_factors(adapted(Net(), scaling_interval=3, **config))
     optimizer = make(name, trainable(model))
     train(model, optimizer, 4)  # one rescaling, so that the accumulator is not empty
@@ -72,9 +76,9 @@ def test_a_layer_without_a_usable_gradient_is_skipped_alone(kind, config, name):
     assert report.column + report.scalar == 2
     assert report.fold_error < 1e-6 and math.isfinite(report.discarded) and math.isfinite(report.median_log_alpha)
     for key, value in snapshot(model, optimizer).items():
-        if ".first." in key and "progress" not in key:
+        if ".first." in key and "progress" not in key and not (recompressed and "scalora_" in key):
             assert same(value, saved[key]), key
-    np.testing.assert_array_equal(accumulated(first), held)
+    np.testing.assert_allclose(accumulated(first), held, rtol=0, atol=recompressed * 1e-6 * np.abs(held).max())
     for layer, factors in zip((second, last), old):
         assert not np.allclose(scales_between(factors, factors_of(layer))[0], 1, atol=0.01)
 

@@ -253,3 +253,25 @@ def test_float64_adapters_are_scaled_as_exactly_as_their_accumulator_allows():
         alpha, _ = scales_between(factors, factors_of(layer))
         assert np.abs(np.log2(alpha) - np.round(np.log2(alpha))).max() > 1e-3
         assert np.linalg.norm(change(layer) - was) < 1e-6 * np.linalg.norm(was)
+
+
+def test_a_layer_without_optimizer_state_does_not_shift_its_neighbours():
+    """A layer that has never had a gradient has no state; the scales must not slip to another of its shape."""
+    model = fill_factors(adapted(Net()))
+    optimizer = make("AdamW", trainable(model))
+    first, second, _ = layers_of(model)
+    for _ in range(3):
+        backward(model)
+        for p in first.factors("default"):
+            p.grad = None
+        optimizer.step()
+    backward(model)
+    lora_B, lora_A = second.factors("default")
+    old, held = factors_of(second), [optimizer.state[p]["exp_avg"].double().numpy() for p in (lora_B, lora_A)]
+    report = rescale(model, optimizer)
+    assert report.layers == 3 and report.skipped == 0
+    assert not any(optimizer.state[p] for p in first.factors("default"))
+    alpha, beta = scales_between(old, factors_of(second))
+    new = [optimizer.state[p]["exp_avg"].double().numpy() for p in (lora_B, lora_A)]
+    np.testing.assert_allclose(new[0], held[0] * beta, rtol=1e-5)
+    np.testing.assert_allclose(new[1], held[1] * alpha[:, None], rtol=1e-5)

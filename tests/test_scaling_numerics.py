@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from helpers import GENERIC, SCALINGS, problem, stack
-from helpers_scaling import SHAPES, TARGET2, batch_of, scales_of, solve_all
+from helpers_scaling import SHAPES, TARGET2, batch_of, grams, scales_of, solve_all
 from torch import nn
 
 from peft_scalora import scaling
@@ -22,10 +22,10 @@ def test_scales_are_the_same_bits_for_any_power_of_two_on_the_gradient(how):
     problems, _ = batch_of((3, 7, 6))
     A, B, GB, GtA = (X.float() for X in stack(problems))
     target2 = torch.linspace(0.1, 1, len(problems))
-    first = column_scales(A, B, GB, GtA, target2, target2, how)
+    first = column_scales(*grams(A, B, GB, GtA), target2, target2, how)
     assert (first.alpha_LR != 1).any()
     for k in range(-20, 21):
-        scales = column_scales(A, B, GB * 2.0**k, GtA * 2.0**k, target2, target2, how)
+        scales = column_scales(*grams(A, B, GB * 2.0**k, GtA * 2.0**k), target2, target2, how)
         for name, expected, got in zip(scales._fields, first, scales):
             assert torch.equal(expected, got), (name, k)
 
@@ -85,7 +85,10 @@ def longest_updates(seed, how, monkeypatch, floor, steps=1000, after=30, lr=1e-3
             a.grad, b.grad = G @ b.detach(), G.mT @ a.detach()
             if step == steps and k == 0:
                 scales = column_scales(
-                    a.detach()[None], b.detach()[None], a.grad[None], b.grad[None], target2, target2, how
+                    *grams(a.detach()[None], b.detach()[None], a.grad[None], b.grad[None]),
+                    target2,
+                    target2,
+                    how,
                 )
                 alpha, beta = scales.alpha_LR[0].float(), scales.beta_LR[0].float()
                 smallest = float(torch.minimum(alpha.min(), beta.min()))
@@ -138,10 +141,10 @@ def test_a_layer_with_a_gradient_that_is_not_finite_is_skipped_alone(how, bad):
     problems, _ = batch_of((3, 7, 6), GENERIC)
     A, B, GB, GtA = stack(problems)
     target2 = torch.ones(len(problems))
-    expected = column_scales(A, B, GB, GtA, target2, target2, how)
+    expected = column_scales(*grams(A, B, GB, GtA), target2, target2, how)
     GB[2, 1, 0] = bad
     GtA[5, 0, 2] = bad
-    scales = column_scales(A, B, GB, GtA, target2, target2, how)
+    scales = column_scales(*grams(A, B, GB, GtA), target2, target2, how)
     others = [k for k in range(len(problems)) if k not in (2, 5)]
     assert scales.skipped_L.tolist() == [k in (2, 5) for k in range(len(problems))]
     assert not scales.by_column_L[[2, 5]].any()
@@ -163,7 +166,7 @@ def test_each_factor_has_its_own_learning_rate():
     problems, _ = batch_of((3, 7, 6), ("random",))
     A, B, GB, GtA = stack(problems)
     one = torch.ones(len(problems))
-    both = column_scales(A, B, GB, GtA, 100 * one, 100 * one, "scalar")
-    apart = column_scales(A, B, GB, GtA, 400 * one, 100 * one, "scalar")
+    both = column_scales(*grams(A, B, GB, GtA), 100 * one, 100 * one, "scalar")
+    apart = column_scales(*grams(A, B, GB, GtA), 400 * one, 100 * one, "scalar")
     torch.testing.assert_close(apart.alpha_LR, 2 * both.alpha_LR, rtol=1e-12, atol=0)
     assert torch.equal(apart.beta_LR, both.beta_LR)

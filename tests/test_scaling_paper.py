@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from helpers import GENERIC, SCALINGS, crossed_pair, problem, stack
-from helpers_scaling import ETA, SEEDS, SHAPES, TARGET2, L, S, batch_of, scales_of, solve_all
+from helpers_scaling import ETA, SEEDS, SHAPES, TARGET2, L, S, batch_of, grams, scales_of, solve_all
 from scipy.optimize import minimize, nnls
 
 from peft_scalora import scaling
@@ -15,7 +15,7 @@ from peft_scalora.scaling import normal_system
 
 
 def system_of(problems):
-    H, lam = normal_system(*stack(problems))
+    H, lam = normal_system(*grams(*stack(problems)))
     return H.numpy(), lam.numpy()
 
 

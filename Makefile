@@ -3,13 +3,17 @@ PYTHON ?= python3
 # Threads that wait by spinning cost more than they give on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test bench lint clean
 
 quickstart: .venv/quickstart/installed
 	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
 
 test: .venv/test/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 $(ARGS)
+
+bench: .venv/quickstart/installed
+	.venv/quickstart/bin/python eval/overhead.py --output eval/results/overhead
+	.venv/quickstart/bin/python eval/overhead_sweep.py --output eval/results/overhead
 
 lint: .venv/dev/installed
 	.venv/dev/bin/ruff check . && .venv/dev/bin/ruff format --check .

@@ -8,6 +8,13 @@ are there.
         python eval/long_run.py --method ${m% *} --r ${m#* } --learning-rate $lr --output eval/results/long_run
     done; done
     python eval/long_run.py --report --output eval/results/long_run
+
+What a smaller accumulator loses:
+
+    for R in 4 8 16 32 64; do for seed in 0 1; do
+        python eval/long_run.py --r 4 --accumulator-rank $R --learning-rate 5e-3 --seed $seed \\
+            --output eval/results/accumulator_rank
+    done; done
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
+from statistics import mean
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -39,7 +48,7 @@ def byte_stream(size: int, seed: int) -> torch.Tensor:
     return torch.tensor(list(text.encode()))
 
 
-def make_model(method: str, r: int, seed: int):
+def make_model(method: str, r: int, accumulator_rank: int | None, seed: int):
     torch.manual_seed(seed)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -52,8 +61,16 @@ def make_model(method: str, r: int, seed: int):
             max_position_embeddings=128,
         )
     )
-    config = {"lora": LoraConfig, "scalora": ScaLoRAConfig}[method]
-    return get_peft_model(base, config(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM"))
+    settings = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        return get_peft_model(base, LoraConfig(**settings))
+    return get_peft_model(base, ScaLoRAConfig(**settings, accumulator_rank=accumulator_rank))
+
+
+def name_of(result: dict) -> str:
+    """Runs of one name differ by learning rate and seed only."""
+    R = result.get("accumulator_rank")
+    return f"{result['method']} r={result['r']}" + (f" R={R}" if R else "")
 
 
 def held_out_loss(model, rows: torch.Tensor) -> float:
@@ -68,7 +85,7 @@ def run(arguments: argparse.Namespace) -> dict:
     """Train one method, and return its settings with (step, held-out nats a byte, mean effective rank)."""
     data, held_out = byte_stream(20000, 0), byte_stream(1500, 7)
     rows = held_out[: LENGTH * 300].view(-1, LENGTH)
-    model = make_model(arguments.method, arguments.r, arguments.seed)
+    model = make_model(arguments.method, arguments.r, arguments.accumulator_rank, arguments.seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=arguments.learning_rate)
     steps = arguments.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, s / 50) * max(0.0, 1 - s / steps))
@@ -84,28 +101,31 @@ def run(arguments: argparse.Namespace) -> dict:
             ranks = effective_rank(model)
             points.append((step, held_out_loss(model, rows), sum(ranks.values()) / len(ranks)))
             print(f"step {step}: {points[-1][1]:.4f} nats a byte, effective rank {points[-1][2]:.1f}", flush=True)
-    settings = {name: vars(arguments)[name] for name in ("method", "r", "learning_rate", "steps", "seed")}
+    settings = {
+        name: vars(arguments)[name] for name in ("method", "r", "accumulator_rank", "learning_rate", "steps", "seed")
+    }
     return {**settings, "points": points, "seconds": time.perf_counter() - started, "torch": torch.__version__}
 
 
 def report(folder: str) -> str:
-    """Markdown table of the best learning rate of each method and r; all runs are listed, and the curves drawn."""
+    """Markdown table, and curves, of every method, r and R at its best learning rate."""
     runs = []
     for path in sorted(glob.glob(os.path.join(folder, "*.json"))):
         with open(path, encoding="utf-8") as file:
             runs.append(json.load(file))
-    best = {}
+    by_name = defaultdict(lambda: defaultdict(list))
     for result in runs:
-        name = f"{result['method']} r={result['r']}"
-        if name not in best or result["points"][-1][1] < best[name]["points"][-1][1]:
-            best[name] = result
-    lines = ["| | learning rate (tried) | held-out nats a byte | effective rank |", "|---|---|---|---|"]
-    for name, result in best.items():
-        tried = sorted(r["learning_rate"] for r in runs if f"{r['method']} r={r['r']}" == name)
-        _, loss, rank = result["points"][-1]
-        rates = ", ".join(f"{rate:g}" for rate in tried)
-        lines.append(f"| {name} | {result['learning_rate']:g} ({rates}) | {loss:.3f} | {rank:.1f} |")
-    curves = {name: list(zip(*result["points"])) for name, result in best.items()}
+        by_name[name_of(result)][result["learning_rate"]].append(result["points"])
+    lines = ["| | learning rate (tried) | seeds | held-out nats a byte | effective rank |", "|---|---|---|---|---|"]
+    best = {}
+    for name, by_rate in by_name.items():
+        # The mean over seeds of every point; the rate with the lowest last loss.
+        means = {rate: [tuple(map(mean, zip(*point))) for point in zip(*seeds)] for rate, seeds in by_rate.items()}
+        rate = min(means, key=lambda rate: means[rate][-1][1])
+        best[name], (_, loss, rank) = means[rate], means[rate][-1]
+        rates = ", ".join(f"{rate:g}" for rate in sorted(by_rate))
+        lines.append(f"| {name} | {rate:g} ({rates}) | {len(by_rate[rate])} | {loss:.3f} | {rank:.1f} |")
+    curves = {name: list(zip(*points)) for name, points in best.items()}
     losses = {name: (steps, loss) for name, (steps, loss, _) in curves.items()}
     ranks = {name: (steps, rank) for name, (steps, _, rank) in curves.items()}
     panels = [("Held-out loss", "nats a byte", losses), ("Rank of the weight change", "effective rank", ranks)]
@@ -119,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("lora", "scalora"), default="scalora")
     parser.add_argument("--r", type=int, default=4)
+    parser.add_argument("--accumulator-rank", type=int, help="R; 8 r unless given")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
@@ -128,7 +149,9 @@ def main() -> None:
     os.makedirs(arguments.output, exist_ok=True)
     if not arguments.report:
         result = run(arguments)
-        name = f"{result['method']}-r{result['r']}-{result['learning_rate']:g}-seed{result['seed']}.json"
+        name = f"{name_of(result)} {result['learning_rate']:g} seed{result['seed']}.json".replace("=", "").replace(
+            " ", "-"
+        )
         replace_file(os.path.join(arguments.output, name), json.dumps(result, indent=1))
     print(report(arguments.output))
 

@@ -3,7 +3,7 @@
 All methods train the same randomly initialised model on the same batch, interleaved in one process, so that what the
 machine does besides hits all of them. Ratios to LoRA are taken pair by pair and summarised by median and quartiles.
 
-    python eval/overhead.py --shape smollm2-135m --tokens 512 --r 8 --repeats 9 --output eval/results/overhead
+    python eval/overhead.py --shape smollm2-135m --tokens 512 --r 8 --repeats 7 --output eval/results/overhead
 
 ScaLoRA's accumulators are full (all R columns in use, recompression at every rescaling): the cost of a long run, not
 of its cheap beginning. Interval I is computed from steps without and with a rescaling, t + (t_rescaling - t) / I.
@@ -12,6 +12,7 @@ of its cheap beginning. Interval I is computed from steps without and with a res
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import importlib
@@ -20,18 +21,22 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import transformers
 from peft import HiraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_scalora
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.files import replace_file, replacing
 from peft_scalora.plots import require_matplotlib
+from peft_scalora.shape_group import ShapeGroup
 
 # hidden size, MLP size, layers, heads, key-value heads, vocabulary
 SHAPES = {
@@ -58,8 +63,8 @@ class Run:
         self.optimizer.zero_grad()
 
 
-def make_base(shape: str, layers: int | None, dtype: torch.dtype, device: str, checkpointing: bool):
-    hidden, mlp, depth, heads, kv_heads, vocabulary = SHAPES[shape]
+def make_base(shape: tuple[int, ...], layers: int | None, dtype: torch.dtype, device: str, checkpointing: bool):
+    hidden, mlp, depth, heads, kv_heads, vocabulary = shape
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -120,25 +125,22 @@ def timed(device: str, call: Callable[[], None]) -> float:
 
 
 def measure(base, configs: dict, ids: torch.Tensor, repeats: int, device: str) -> dict:
-    """Seconds of every step by method, peak memory above the base model, and checkpoint bytes."""
+    """Seconds of every step by method, and bytes of memory and of the checkpoint."""
     runs, memory, sizes = {}, {}, {}
     for name, config in configs.items():
         gc.collect()
         runs[name] = make_run(base, config, ids)
         sizes[name] = sum(t.nbytes for t in get_peft_model_state_dict(runs[name].model).values())
-        if device == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            runs[name].step(ids)
-            memory[name] = torch.cuda.max_memory_allocated() - before
+        memory[name] = memory_of(runs[name], ids)
     seconds = {name: [] for name in runs}
+    # Recompression takes turns with a plain fold: two steps of each method make one measurement.
     for repeat in range(repeats):
         for name, run in runs.items():
-            seconds[name].append(timed(device, lambda run=run: run.step(ids)))
+            seconds[name].append(statistics.mean(timed(device, lambda run=run: run.step(ids)) for _ in range(2)))
         print(
             f"repeat {repeat + 1}/{repeats}: " + ", ".join(f"{n} {s[-1]:.3f}" for n, s in seconds.items()), flush=True
         )
-    return {"seconds": seconds, "peak_bytes": memory, "checkpoint_bytes": sizes, "runs": runs}
+    return {"seconds": seconds, "memory_bytes": memory, "checkpoint_bytes": sizes, "runs": runs}
 
 
 def with_interval(without: list[float], rescaling: list[float], interval: int) -> list[float]:
@@ -160,33 +162,76 @@ def summarize(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {name: {"seconds": statistics.median(v), **ratios(v, seconds["lora"])} for name, v in rows.items()}
 
 
-def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of the parts of one rescaling, each part timed to its end."""
-    parts = {"column_scales": "scaling", "_accumulate": "fold and recompression", "_fold_error": "fold error"}
-    parts |= {"multiply": "factors and gradients", "transport": "optimizer state"}
-    spent = {name: [] for name in (*parts.values(), "whole")}
-    originals = {name: getattr(ENGINE, name) for name in parts}
-    for _ in range(repeats):
-        total = dict.fromkeys(parts.values(), 0.0)
+PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression", "carry": "transport"}
 
-        def wrap(name: str, total: dict = total):
-            def call(*args, **kwargs):
+
+def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
+    """Mean seconds of the parts of one rescaling, each part timed to its end; every second one recompresses."""
+    owners = {"solve": ENGINE, "accumulate": ENGINE, "fold": ShapeGroup, "carry": ShapeGroup}
+    spent = {name: [] for name in (*PARTS.values(), "whole")}
+    run.model(input_ids=ids, labels=ids).loss.backward()
+    for _ in range(2 * repeats):
+        total = dict.fromkeys(PARTS.values(), 0.0)
+
+        def wrap(name: str, original: Callable, total: dict = total) -> Callable:
+            def call(*args):
                 out = []
-                total[parts[name]] += timed(device, lambda: out.append(originals[name](*args, **kwargs)))
+                total[PARTS[name]] += timed(device, lambda: out.append(original(*args)))
                 return out[0]
 
             return call
 
-        run.model(input_ids=ids, labels=ids).loss.backward()
-        for name in parts:
-            setattr(ENGINE, name, wrap(name))
-        whole = timed(device, lambda: peft_scalora.rescale(run.model, run.optimizer))
-        for name, original in originals.items():
-            setattr(ENGINE, name, original)
-        run.optimizer.zero_grad()
+        with contextlib.ExitStack() as stack:
+            for name, owner in owners.items():
+                stack.enter_context(mock.patch.object(owner, name, wrap(name, getattr(owner, name))))
+            whole = timed(device, lambda: peft_scalora.rescale(run.model, run.optimizer))
         for name, value in (*total.items(), ("whole", whole)):
             spent[name].append(value)
-    return {name: statistics.median(values) for name, values in spent.items()}
+    run.optimizer.zero_grad()
+    return {name: statistics.mean(values) for name, values in spent.items()}
+
+
+class MemoryMode(TorchDispatchMode):
+    """Peak of the bytes of live tensors that were made inside it: what the allocator counts, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        return out
+
+    def _release(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    with MemoryMode() as memory:
+        call()
+    return memory.peak
+
+
+def memory_of(run: Run, ids: torch.Tensor) -> dict[str, int]:
+    """Bytes: what the adapter keeps, the peak that a step adds to it and, of ScaLoRA, that a rescaling adds."""
+    kept = sum(t.nbytes for t in get_peft_model_state_dict(run.model).values())
+    state = sum(v.nbytes for s in run.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    memory = {"adapter": kept, "optimizer": state, "step": peak_bytes(lambda: run.step(ids))}
+    if isinstance(run.model.peft_config["default"], ScaLoRAConfig):
+        run.model(input_ids=ids, labels=ids).loss.backward()
+        calls = [peak_bytes(lambda: peft_scalora.rescale(run.model, run.optimizer)) for _ in range(2)]
+        memory["rescaling"] = max(calls)
+        run.optimizer.zero_grad()
+    return memory
 
 
 def floor(base, r: int, rank: int, tokens: int, device: str) -> dict[str, float]:
@@ -233,13 +278,22 @@ def draw(path: str, summary: dict, title: str) -> None:
     pyplot.close(figure)
 
 
+def total_memory(memory: dict[str, int], base: int) -> int:
+    """Peak bytes of training: what stays, and the larger of what a step and a rescaling add."""
+    return base + memory["adapter"] + memory["optimizer"] + max(memory["step"], memory.get("rescaling", 0))
+
+
 def table(result: dict) -> str:
-    lines = ["| method | s/step | over LoRA (quartiles) | checkpoint, MiB |", "|---|---|---|---|"]
+    lines = [
+        "| method | step time over LoRA (quartiles) | peak memory over LoRA | checkpoint, MiB |",
+        "|---|---|---|---|",
+    ]
+    memory = {name: total_memory(m, result["base_bytes"]) for name, m in result["memory_bytes"].items()}
     for name, row in result["summary"].items():
         key = "scalora, rescaling" if name.startswith("scalora I") else name
-        size = f"{result['checkpoint_bytes'][key] / 2**20:.1f}"
         lines.append(
-            f"| {name} | {row['seconds']:.3f} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {size} |"
+            f"| {name} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | "
+            f"{memory[key] / memory['lora']:.3f} | {result['checkpoint_bytes'][key] / 2**20:.1f} |"
         )
     return "\n".join(lines)
 
@@ -252,7 +306,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--accumulator-rank", type=int, help="R; 8 r unless given")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--methods", nargs="+", help="only these beside LoRA and ScaLoRA")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--output", default="runs/overhead")
@@ -261,7 +315,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rank = arguments.accumulator_rank or 8 * arguments.r
 
-    base = make_base(arguments.shape, arguments.layers, dtype, device, arguments.checkpointing)
+    base = make_base(SHAPES[arguments.shape], arguments.layers, dtype, device, arguments.checkpointing)
     rows = max(1, arguments.tokens // arguments.sequence)
     ids = torch.randint(0, SHAPES[arguments.shape][5], (rows, arguments.tokens // rows), device=device)
     configs = configurations(arguments.r, rank)
@@ -279,6 +333,7 @@ def main() -> None:
         "summary": summarize(measured["seconds"]),
         "rescaling_seconds": split_rescaling(runs["scalora, rescaling"], ids, 3, device),
         "floor": floor(base, arguments.r, rank, arguments.tokens, device),
+        "base_bytes": sum(p.nbytes for p in base.parameters()),
         **measured,
     }
     os.makedirs(arguments.output, exist_ok=True)

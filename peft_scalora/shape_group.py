@@ -22,7 +22,7 @@ from .scaling import column_scales, gram_matrices
 
 # Float64 numbers that one recompression may hold at a time (256 MiB), so that many layers do not add up to a weight.
 _WORKSPACE = 2**25
-# A recompression leaves this part of the R columns free, so that the next folds need none.
+# A recompression leaves up to this part of the R columns free, for whole folds that need none.
 _FREE_PART = 1 / 8
 
 
@@ -145,8 +145,8 @@ class ShapeGroup:
     @property
     def kept(self) -> int:
         """Columns that a recompression keeps: all where R columns hold any change without loss."""
-        is_lossless = self.room >= min(self.U[0].shape[0], self.V[0].shape[1])
-        return self.room if is_lossless else self.room - int(self.room * _FREE_PART)
+        is_lossless, added = self.room >= min(self.U[0].shape[0], self.V[0].shape[1]), self.dU_LMR.shape[-1]
+        return self.room if is_lossless else self.room - int(self.room * _FREE_PART) // added * added
 
     def fits(self) -> bool:
         return self.is_dense or self.columns + self.dU_LMR.shape[-1] <= self.room

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from .accumulator import truncate
 from .config import ScaLoRAConfig
 from .layer import ScaLoRALayer, make_scalora
+from .rescale import install_deepspeed_hook
 
 # Combination types whose result PEFT defines on the whole weight change, and on the factors' entries.
 _ON_CHANGE = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -40,6 +41,10 @@ class ScaLoRAModel(LoraModel):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """DDP would broadcast the accumulated state of rank 0 before every forward; all ranks compute the same one."""
         return [f"base_model.{name}" for name, _ in self.named_buffers() if "scalora_" in name]
+
+    def inject_adapter(self, *args, **kwargs) -> None:
+        install_deepspeed_hook()
+        super().inject_adapter(*args, **kwargs)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target

@@ -7,6 +7,9 @@ its square, one that holds ratios of both not at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,8 @@ RULES: dict[str, dict[str, int]] = {
     "Muon": {"momentum_buffer": 1},
     "Lion": {"exp_avg": 1},
 }
+# DeepSpeed's own, with torch's names of the states.
+_DEEPSPEED_RULES = {"FusedAdam": _ADAM, "DeepSpeedCPUAdam": _ADAM}
 # bitsandbytes names its states state1 and state2 whatever the optimizer, and says which one it is.
 _BITSANDBYTES_RULES: dict[str, dict[str, int]] = {
     "adam": {"state1": 1, "state2": 2},
@@ -40,10 +45,24 @@ def rule_for(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """State name -> power of the scale; empty for an optimizer without a rule."""
     if hasattr(optimizer, "optimizer_name"):  # bitsandbytes
         return _BITSANDBYTES_RULES.get(optimizer.optimizer_name, {})
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in RULES:
-            return RULES[cls.__name__]
-    return {}
+    rules = RULES | _DEEPSPEED_RULES
+    return next((rules[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rules), {})
+
+
+class OptimizerState(NamedTuple):
+    """What a rescaling has to know of an optimizer: its rule, and parameter -> state name -> state."""
+
+    rule: dict[str, int]
+    state: Mapping[Tensor, dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer | None) -> OptimizerState:
+        return cls({}, {}) if optimizer is None else cls(rule_for(optimizer), optimizer.state)
+
+    def carried(self, param: Tensor) -> dict[str, int]:
+        """State name -> power of the scale, of the states that there are of `param` by now."""
+        held = self.state.get(param, {})
+        return {name: power for name, power in self.rule.items() if power and isinstance(held.get(name), Tensor)}
 
 
 def _has_elements(value) -> bool:
@@ -94,25 +113,17 @@ def multiply(tensors_KL: list[list[Tensor]], scale_KLR: Tensor, dim: int) -> Non
     torch._foreach_copy_(tensors, list((stacked * scale_KLR.reshape(shape)).unbind()))
 
 
-def carried_states(optimizer: torch.optim.Optimizer | None, param: Tensor) -> dict[str, int]:
-    """State name -> power of the scale, of the states that the optimizer holds of `param` by now."""
-    if optimizer is None:
-        return {}
-    state = optimizer.state.get(param, {})
-    return {name: power for name, power in rule_for(optimizer).items() if power and isinstance(state.get(name), Tensor)}
-
-
 def carried_scales(powers: tuple[int, ...], own_LR: Tensor, other_LR: Tensor) -> Tensor:
     """Scales (K, L, R) of a factor, of its gradient and of its carried states, which have these powers."""
     by_power = {power: other_LR if power == 1 else other_LR**power for power in {1, *powers}}
     return torch.stack([own_LR, other_LR, *(by_power[power] for power in powers)])
 
 
-def carry(optimizer: torch.optim.Optimizer | None, params: list[Tensor], scale_KLR: Tensor, dim: int) -> None:
-    """Multiply factors of one shape, their gradients and the optimizer's state of them, all with the same
-    `carried_states`, by their `carried_scales`."""
+def carry(optimizer: OptimizerState, params: list[Tensor], scale_KLR: Tensor, dim: int) -> None:
+    """Multiply factors of one shape with the same carried states, their gradients and these states, by their
+    `carried_scales`."""
     kinds, dense = [params, [p.grad for p in params]], [0, 1]
-    for k, name in enumerate(carried_states(optimizer, params[0]), start=2):
+    for k, name in enumerate(optimizer.carried(params[0]), start=2):
         states = [optimizer.state[p] for p in params]
         if states[0][name].dtype == torch.uint8:
             _multiply_quantized(states, name, scale_KLR[k], dim)

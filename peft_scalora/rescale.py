@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .layer import LAYERS, ScaLoRALayer
-from .moments import check_state, rule_for
+from .moments import OptimizerState, check_state, rule_for
 from .report import RescaleReport
 from .shape_group import ShapeGroup, Target, accumulate, solve
+from .sharding import assemble, check_ranks, has_gradients, is_sharded, is_zero, wire_deepspeed
 
 
 def _base_learning_rate(group: dict) -> float | Tensor:
@@ -56,25 +59,50 @@ def rescale(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         targets = [target for target in _targets_of(optimizer) if id(target.layer) in owned]
         if not targets:
             raise ValueError("optimizer steps no ScaLoRA adapter of model: pass the one that trains it.")
-        return _rescale(targets, optimizer)
+        for target in targets:
+            check_state(optimizer, target.lora_A)
+        return _rescale(targets, OptimizerState.of(optimizer))
     targets = [
         Target(layer, adapter, *layer.factors(adapter), None, None)
         for layer in layers
         for adapter in layer.scalora_U
         if all(factor.requires_grad for factor in layer.factors(adapter))
     ]
-    return _rescale(targets, None)
+    return _rescale(targets, OptimizerState.of(None))
 
 
 @torch.no_grad()
-def _rescale(targets: list[Target], optimizer: torch.optim.Optimizer | None) -> RescaleReport:
+def _rescale(targets: list[Target], optimizer: OptimizerState) -> RescaleReport:
+    """Rescale targets, through whole copies of their factors where these are sharded."""
+    sharded = [target for target in targets if is_sharded(target.lora_A)]
+    if not sharded:
+        return _rescale_whole(targets, optimizer)
+    if len(sharded) < len(targets):
+        raise TypeError(
+            "ScaLoRA cannot rescale adapters of which some are sharded and some are not: shard all of them."
+        )
+    ready = [target for target in targets if has_gradients(target.lora_B, target.lora_A)]
+    factors, optimizer = assemble((p for target in ready for p in (target.lora_B, target.lora_A)), optimizer)
+    whole = [
+        replace(target, lora_B=lora_B.whole, lora_A=lora_A.whole)
+        for target, lora_B, lora_A in zip(ready, factors[::2], factors[1::2])
+    ]
+    report = _rescale_whole(whole, optimizer)
+    report.without_gradient += len(targets) - len(ready)
+    for factor in factors:
+        factor.write()
+    return report
+
+
+def _rescale_whole(targets: list[Target], optimizer: OptimizerState) -> RescaleReport:
     report = RescaleReport()
     by_shape = defaultdict(list)
     for target in targets:
         if target.lora_B.grad is None or target.lora_A.grad is None:
             report.without_gradient += 1
+        elif target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
+            raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")
         else:
-            _check(target, optimizer)
             by_shape[target.group_key(optimizer)].append(target)
     groups = [ShapeGroup(group) for group in by_shape.values()]
     solve(groups, optimizer, report)
@@ -83,18 +111,10 @@ def _rescale(targets: list[Target], optimizer: torch.optim.Optimizer | None) -> 
     accumulate(groups, report)
     for group in groups:
         group.carry(optimizer)
+    check_ranks(
+        {f"{name} of layer {i}": tensor for i, t in enumerate(targets) for name, tensor in t.rescaled_tensors().items()}
+    )
     return report
-
-
-def _check(target: Target, optimizer: torch.optim.Optimizer | None) -> None:
-    if hasattr(target.lora_A, "full_tensor"):
-        raise TypeError(
-            "ScaLoRA cannot rescale sharded parameters (DTensor, as FSDP2 makes) yet: train with DDP, or on one device."
-        )
-    if target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
-        raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")
-    if optimizer is not None:
-        check_state(optimizer, target.lora_A)
 
 
 _reports: weakref.WeakKeyDictionary[torch.optim.Optimizer, RescaleReport] = weakref.WeakKeyDictionary()
@@ -105,24 +125,58 @@ def last_report(optimizer: torch.optim.Optimizer) -> RescaleReport | None:
     return _reports.get(getattr(optimizer, "optimizer", optimizer))
 
 
+def _due(targets: list[Target]) -> list[Target]:
+    """Count a step of each target; those whose interval is over."""
+    due = []
+    for target in targets:
+        progress = target.layer.progress(target.adapter)
+        progress.steps += 1
+        if progress.steps % target.layer.scalora_config[target.adapter].scaling_interval == 0:
+            due.append(target)
+    return due
+
+
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Runs before every step of every torch optimizer."""
     # Without a rule and without state it may be a wrapper, whose inner optimizer runs this hook again.
     if not LAYERS or not (rule_for(optimizer) or any(optimizer.state.values())):
         return
-    due = []
-    for target in _targets_of(optimizer):
+    targets = _targets_of(optimizer)
+    if not targets:
+        install_deepspeed_hook()  # the optimizer may be stepping a flat partition of all parameters
+    for target in targets:
         check_state(optimizer, target.lora_A)
-        if target.lora_B.grad is None or target.lora_A.grad is None:
-            continue  # not stepped, or a closure is about to compute them
-        progress = target.layer.progress(target.adapter)
-        progress.steps += 1
-        if progress.steps % target.layer.scalora_config[target.adapter].scaling_interval == 0:
-            due.append(target)
+    # Without gradients it is not stepped, or a closure is about to compute them.
+    due = _due([target for target in targets if has_gradients(target.lora_B, target.lora_A)])
     if due:
-        _reports[optimizer] = _rescale(due, optimizer)
+        _reports[optimizer] = _rescale(due, OptimizerState.of(optimizer))
+
+
+def before_zero_step(engine) -> None:
+    """Runs before every optimizer step of a DeepSpeed engine."""
+    layers = [module for module in engine.module.modules() if isinstance(module, ScaLoRALayer)]
+    factors = [(layer, adapter, *layer.factors(adapter)) for layer in layers for adapter in layer.scalora_U]
+    factors = [found for found in factors if is_zero(found[-1])]
+    if not factors:
+        return
+    base = engine.optimizer.optimizer
+    rates = {float(_base_learning_rate(group)) for group in base.param_groups}
+    rate = rates.pop() if len(rates) == 1 else None  # whose the flat partitions are is not known
+    check_state(base, next(iter(base.state), None))
+    # Before the first step there is no state, and asking for it would hang the ranks that do not hold the parameter.
+    held = {name for state in base.state.values() for name in state} if engine.global_steps else ()
+    rule = {name: power for name, power in rule_for(base).items() if name in held}
+    due = _due([Target(*found, rate, rate) for found in factors])
+    if due:
+        _reports[base] = _rescale(due, OptimizerState(rule, {}))
 
 
 def install_hook() -> None:
     """Make torch's optimizers rescale on their own; once per process."""
     register_optimizer_step_pre_hook(_before_step)
+
+
+def install_deepspeed_hook() -> None:
+    """The same for DeepSpeed's engines, where DeepSpeed has been imported."""
+    if "deepspeed" in sys.modules:
+        wire_deepspeed(before_zero_step)

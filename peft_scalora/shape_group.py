@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .accumulator import fold_factors, rounded_fold_factors, truncation
 from .layer import ScaLoRALayer
-from .moments import carried_scales, carried_states, carry
+from .moments import OptimizerState, carried_scales, carry
 from .report import FoldGrams, RescaleReport
 from .scaling import column_scales, gram_matrices
 
@@ -37,14 +37,18 @@ class Target:
     lr_B: float | Tensor | None
     lr_A: float | Tensor | None
 
-    def group_key(self, optimizer: torch.optim.Optimizer | None) -> tuple:
+    def group_key(self, optimizer: OptimizerState) -> tuple:
         """Targets with equal keys are rescaled as one batch."""
         layer, adapter, config = self.layer, self.adapter, self.layer.scalora_config[self.adapter]
         columns = layer.progress(adapter).columns
         accumulator = (layer.scalora_U[adapter].shape, layer.scalora_V[adapter].shape, columns)
         factors = (self.lora_B.shape, self.lora_A.shape, self.lora_B.dtype, self.lora_A.dtype, self.lora_B.device)
-        states = [tuple(carried_states(optimizer, factor)) for factor in (self.lora_B, self.lora_A)]
+        states = [tuple(optimizer.carried(factor)) for factor in (self.lora_B, self.lora_A)]
         return *factors, *accumulator, *states, config.scaling, layer.initial_scaling(adapter), self.squared_norms()
+
+    def rescaled_tensors(self) -> dict[str, Tensor]:
+        U, V = self.layer.scalora_U[self.adapter], self.layer.scalora_V[self.adapter]
+        return {"scalora_U": U, "scalora_V": V, "lora_B": self.lora_B, "lora_A": self.lora_A}
 
     def squared_norms(self) -> tuple[float, float] | None:
         """1 / (L η s²) for α and for β; None with smoothness="auto". Paper A is stepped with lora_B's rate, and α
@@ -120,7 +124,7 @@ class ShapeGroup:
         report.folds.append(FoldGrams(*grams, A_LMR.shape[-1], self.s, self.skipped_L))
         del self.S_A_LMK, self.S_B_LKN, self.A_LMR, self.B_LRN
 
-    def carry(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def carry(self, optimizer: OptimizerState) -> None:
         """Scale factors, gradients and optimizer state."""
         carry(optimizer, self.params_B, self.carried_B_KLR, dim=1)
         carry(optimizer, self.params_A, self.carried_A_KLR, dim=0)
@@ -197,11 +201,11 @@ def _target_norms(targets: list[Target], norms: tuple[float, float] | None) -> t
     return torch.full_like(norms_L2[:, 0], norms[0]), torch.full_like(norms_L2[:, 0], norms[1])
 
 
-def solve(groups: list[ShapeGroup], optimizer: torch.optim.Optimizer | None, report: RescaleReport) -> None:
+def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleReport) -> None:
     """Give every group its `scales`, and those of its optimizer state."""
     by_system = defaultdict(list)
     for group in groups:
-        powers = [tuple(carried_states(optimizer, p[0]).values()) for p in (group.params_B, group.params_A)]
+        powers = [tuple(optimizer.carried(p[0]).values()) for p in (group.params_B, group.params_A)]
         key = group.A_LMR.shape[-1], group.scaling, group.targets[0].squared_norms(), group.A_LMR.device, *powers
         by_system[key].append(group)
     for (_, scaling, norms, _, powers_B, powers_A), batch in by_system.items():

@@ -1,79 +1,94 @@
-"""Data-parallel training on two gloo processes equals training on one."""
+"""Training on two gloo processes, under every engine, equals training on one."""
 
+import json
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import nn
-
-from peft_scalora import ScaLoRAConfig, rescale
-
-SCRIPT = """
-import copy, sys
-import torch
-import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
 from peft_scalora import ScaLoRAConfig
+from peft_scalora.sharding import CHECK_RANKS, check_ranks
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.set_num_threads(1)
-torch.manual_seed(0)
-base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
-model = get_peft_model(base, ScaLoRAConfig(target_modules=["0", "2"], r=3, scaling_interval=3, accumulator_rank=7))
-single = copy.deepcopy(model)
-parallel = DistributedDataParallel(model)
-optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, single)]
-generator = torch.Generator().manual_seed(1)
-for _ in range(30):
-    x, y = torch.randn(8, 16, generator=generator), torch.randn(8, 8, generator=generator)
-    mine = slice(4 * rank, 4 * rank + 4)
-    (parallel(x[mine]) - y[mine]).square().mean().backward()
-    (single(x) - y).square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-states = [None, None]
-dist.all_gather_object(states, model.state_dict())
-if rank == 0:
-    layers = dict(single.named_modules())
-    changes = {
-        name: (layer.get_delta_weight("default").detach(), layers[name].get_delta_weight("default").detach())
-        for name, layer in model.named_modules() if hasattr(layer, "scalora_U")
-    }
-    torch.save({"states": states, "changes": changes}, sys.argv[1])
-dist.destroy_process_group()
-"""
+SCRIPT = pathlib.Path(__file__).with_name("distributed_train.py")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-def test_two_ranks_hold_the_same_bits_and_the_weights_of_one_process(tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "train.py"), str(tmp_path / "result.pt")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    result = torch.load(tmp_path / "result.pt")
-    first, second = result["states"]
+def launch(engine, path, **settings):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", CHECK_RANKS: "1"}
+    process = subprocess.run(
+        [*command, engine, str(path), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return torch.load(path)
+
+
+def change(state, layer):
+    """s B A + U V of one layer, in float64."""
+    get = {name.split(f".{layer}.")[1]: t.double() for name, t in state.items() if f".{layer}." in name}
+    B, A = get["lora_B.default.weight"], get["lora_A.default.weight"]
+    U, V = get["scalora_U.default.weight"], get["scalora_V.default.weight"]
+    return 8 / B.shape[1] * B @ A + U @ V
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_hold_the_same_bits_and_the_weights_of_one_process(engine, tmp_path):
+    """With gradient accumulation; 30 steps, a rescaling every third."""
+    # DeepSpeed clips what is rescaled already: the norm, and so the factor, is another one.
+    clip = 0.0 if engine.startswith("zero") else 0.5
+    result = launch(engine, tmp_path / "result.pt", accumulate=2, clip=clip)
+    (first, second), single = result["states"], result["single"]
+    assert first.keys() == single.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(tensor.tolist() == [30, 10, 7] for name, tensor in first.items() if "progress" in name)
-    for parallel, single in result["changes"].values():
-        assert float(torch.linalg.matrix_norm(parallel - single)) < 1e-5 * float(torch.linalg.matrix_norm(single))
+    progress = [tensor.tolist() for name, tensor in first.items() if "progress" in name]
+    assert progress == [[30, 10, 7]] * 2
+    for layer in "02":
+        expected = change(single, layer)
+        assert float((change(first, layer) - expected).norm()) < 1e-6 * float(expected.norm())
 
 
-def test_sharded_parameters_are_refused_by_name():
-    from peft import get_peft_model
+def test_ranks_that_differ_are_found(monkeypatch):
+    monkeypatch.setenv(CHECK_RANKS, "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    theirs = {"U": torch.tensor([1.0, 2.0]), "V": torch.tensor([[-0.0, 3.0]])}
+    seen = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: seen.append(tensor.clone()))
+    check_ranks(theirs)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.copy_(seen[0]))
+    check_ranks(theirs)
+    for changed in (
+        {"U": torch.tensor([2.0, 1.0])},
+        {"U": torch.tensor([1.0, 2.0000002])},
+        {"V": torch.tensor([[0.0, 3.0]])},
+    ):
+        with pytest.raises(RuntimeError, match=f"rank 1 differs from rank 0 in {next(iter(changed))}"):
+            check_ranks(theirs | changed)
+
+
+def test_adapters_of_which_some_are_sharded_are_refused():
+    from peft_scalora import rescale
 
     class Sharded(nn.Parameter):
         def full_tensor(self):
             raise AssertionError("nothing may be read before the refusal")
 
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), ScaLoRAConfig(target_modules=["0"], r=2))
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+    model = get_peft_model(base, ScaLoRAConfig(target_modules=["0", "1"], r=2))
+    model(torch.randn(3, 6)).sum().backward()
     layer = model.base_model.model[0]
     for factor in (layer.lora_A["default"], layer.lora_B["default"]):
         factor.weight = Sharded(factor.weight.data)
-        factor.weight.grad = torch.ones_like(factor.weight.data)
-    with pytest.raises(TypeError, match="cannot rescale sharded parameters"):
+    with pytest.raises(TypeError, match="some are sharded and some are not"):
         rescale(model)

@@ -7,7 +7,7 @@ from helpers_optimizers import BITSANDBYTES_8, OPTIMIZERS, make
 from torch import nn
 
 from peft_scalora import moments
-from peft_scalora.moments import carried_scales, carried_states, carry, check_state, multiply
+from peft_scalora.moments import OptimizerState, carried_scales, carry, check_state, multiply
 
 EIGHT_BIT = sorted(BITSANDBYTES_8)
 EXACT = [name for name in OPTIMIZERS if name not in BITSANDBYTES_8]
@@ -16,7 +16,8 @@ STEPS = 12
 
 def transport(optimizer, params, scale_LR, dim):
     """Carry the optimizer's state through a scaling of the other factor."""
-    powers = tuple(carried_states(optimizer, params[0]).values())
+    optimizer = OptimizerState.of(optimizer)
+    powers = tuple(optimizer.carried(params[0]).values())
     carry(optimizer, params, carried_scales(powers, torch.ones_like(scale_LR), scale_LR), dim)
 
 

@@ -1,0 +1,125 @@
+"""Run by torchrun: train one adapter under an engine, and beside it on one process, on the same global batches.
+
+    torchrun --nproc_per_node 2 distributed_train.py ENGINE RESULT [settings as JSON]
+
+Rank 0 saves the adapter of every rank, and that of the single process, as whole tensors.
+"""
+
+import copy
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch import nn
+
+from peft_scalora import ScaLoRAConfig
+
+STEPS, BATCH, RATE = 30, 8, 1e-2
+
+
+def make_model():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    # r = 3 does not divide by two ranks.
+    return get_peft_model(base, ScaLoRAConfig(target_modules=["0", "2"], r=3, scaling_interval=3, accumulator_rank=7))
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def batches(accumulate):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x, y = torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 8, generator=generator)
+        yield list(zip(x.chunk(accumulate), y.chunk(accumulate)))
+
+
+def loss_of(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+def mine(tensor):
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def train(model, wrapped, accumulate, clip, share=mine):
+    """The usual loop: accumulation, clipping, step."""
+    optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
+    for micro_batches in batches(accumulate):
+        for i, (x, y) in enumerate(micro_batches):
+            last = i == accumulate - 1
+            if hasattr(wrapped, "set_requires_gradient_sync"):
+                wrapped.set_requires_gradient_sync(last)
+            (loss_of(wrapped, share(x), share(y)) / accumulate).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(trainable(model), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_deepspeed(model, stage, accumulate, clip):
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // accumulate // dist.get_world_size(),
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for micro_batches in batches(accumulate):
+        for x, y in micro_batches:
+            engine.backward(loss_of(engine, mine(x), mine(y)))
+            engine.step()
+
+
+def whole_state(model, stage):
+    from peft_scalora.layer import ScaLoRALayer
+
+    if stage == 3:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(trainable(model)):
+            return copy.deepcopy({n: t for n, t in model.state_dict().items() if "lora" in n})
+    assert any(isinstance(m, ScaLoRALayer) for m in model.modules())
+    state = {n: t for n, t in model.state_dict().items() if "lora" in n}
+    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in state.items()}
+
+
+def main():
+    engine, path = sys.argv[1:3]
+    settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    accumulate, clip = settings.get("accumulate", 1), settings.get("clip", 0.0)
+    torch.set_num_threads(1)
+    stage = int(engine[-1]) if engine.startswith("zero") else None
+    if stage:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    else:
+        dist.init_process_group("gloo")
+    model, single = make_model(), make_model()
+    if engine == "ddp":
+        train(model, nn.parallel.DistributedDataParallel(model), accumulate, clip)
+    elif engine == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        train(model, fully_shard(model), accumulate, clip)
+    else:
+        train_deepspeed(model, stage, accumulate, clip)
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, whole_state(model, stage))
+    train(single, single, accumulate, clip, share=lambda tensor: tensor)
+    if dist.get_rank() == 0:
+        torch.save({"states": states, "single": whole_state(single, None)}, path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig
 
 from . import fingerprint
@@ -111,7 +111,7 @@ class ScaLoRAConfig(LoraConfig):
             download = cls._split_kwargs(kwargs)[0]
             try:  # PEFT fetches the same file next, and would fetch a pickle file in its place
                 path = hf_hub_download(pretrained_model_name_or_path, WEIGHTS_NAME, subfolder=subfolder, **download)
-            except EntryNotFoundError as error:
+            except RemoteEntryNotFoundError as error:
                 raise ValueError(f"{folder} has no {WEIGHTS_NAME}, the only format ScaLoRA reads.") from error
             folder = os.path.dirname(path)
         check_folder(folder, config)

@@ -4,13 +4,16 @@ The base weights are compared by their stored bits; merged weights with NumPy su
 """
 
 import copy
+import json
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from helpers_adapters import save
 from helpers_models import change_of, distance, saved_tensors, scalora_layers
-from helpers_runs import language_model
+from helpers_runs import language_model, save_tokenizer
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -18,6 +21,7 @@ from peft_scalora import ScaLoRAConfig, effective_rank, export_lora, export_merg
 from peft_scalora.fingerprint import difference, fingerprint
 
 R, STEPS = 2, 50
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def four_bit(quant_type, double):
@@ -50,6 +54,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "base"
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     language_model(**sizes).save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
@@ -238,3 +243,18 @@ def test_torchao_int4_is_refused_by_name(folder):
     base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(int4, requires_grad=False)
     with pytest.raises(TypeError, match="only supports int8"):
         get_peft_model(base, ScaLoRAConfig(target_modules=["up_proj"]))
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_example(folder, bits, tmp_path, monkeypatch, capsys):
+    """The script that users copy, under Trainer, on text that it makes itself."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    arguments = ["--model", str(folder), "--generated", "--bits", bits, "--steps", "12", "--r", "2"]
+    monkeypatch.setattr("sys.argv", ["qlora.py", *arguments, "--scaling-interval", "2", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "qlora.py"), run_name="__main__")
+    figures = json.loads(capsys.readouterr().out.partition("\n{\n")[2].join(["{", ""]))
+    assert figures["base unchanged"] is True
+    assert figures["largest difference of a logit after saving and loading"] == 0
+    assert figures["mean effective rank"] > 2
+    assert figures["merged in place"].startswith("Merging quantized 14 weights")
+    assert {"adapter", "plain_lora", "merged"} <= {path.name for path in tmp_path.iterdir()}

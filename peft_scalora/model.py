@@ -215,7 +215,8 @@ def _warn_of_requantization(layers: dict[str, ScaLoRALayer]) -> None:
     size = error / change if change else float("inf")
     warnings.warn(
         f"Merging quantized {len(measured)} weights again, which moved them by {size:.2g} times the norm of the change "
-        "that was merged. Left unmerged, the adapter is exact; peft_scalora.export_merged writes the sum unquantized."
+        "that was merged (at 1, nothing of it need be left). Left unmerged, the adapter is exact; "
+        "peft_scalora.export_merged writes the sum unquantized."
     )
 
 

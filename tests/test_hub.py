@@ -46,6 +46,8 @@ def hub():
 
 
 PRELUDE = """
+import faulthandler
+faulthandler.dump_traceback_later(250, exit=True)  # where it hangs, rather than that it does
 import torch
 import peft_scalora
 from helpers_models import output, tokens

@@ -10,9 +10,12 @@ from .version import __version__
 # Imported on first use: they need parts of transformers that a plain training script does not.
 _LAZY = {
     "ExportReport": "export",
+    "MergeReport": "merged",
     "ScaLoRACallback": "callbacks",
     "effective_rank": "rank",
     "export_lora": "export",
+    "export_merged": "merged",
+    "push_to_hub": "hub",
 }
 __all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "rescale", *_LAZY]
 

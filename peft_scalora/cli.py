@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("adapter", help="adapter folder")
     export.add_argument("output", help="new folder")
     export.add_argument("--rank", type=int, help="truncate to this rank; without it the export is exact")
+    export.add_argument("--merged", action="store_true", help="write base model and adapter as one model instead")
+    export.add_argument("--base", help="base model to merge into; the one the adapter was trained on unless given")
     arguments = parser.parse_args(argv)
     run = {"finetune": _run_finetune, "info": _run_info, "export": _run_export}[arguments.command]
     try:
@@ -89,8 +91,26 @@ def _run_info(arguments: argparse.Namespace) -> None:
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
+    if arguments.merged:
+        return _run_export_merged(arguments)
     from .export import export_folder
 
     report = export_folder(arguments.adapter, arguments.output, rank=arguments.rank)
     error, size = f"{report.relative_error:.3g}", f"{report.size:,}"
     print(f"wrote {report.path}: LoRA of rank {report.rank}, relative error {error}, {size} bytes")
+    if report.obstacles:
+        print(f"vLLM will not serve it: {'; '.join(report.obstacles)}")
+    else:
+        print(f"vLLM serves it with --enable-lora --max-lora-rank {report.max_lora_rank}")
+
+
+def _run_export_merged(arguments: argparse.Namespace) -> None:
+    from .merged import export_merged_folder
+
+    if arguments.rank is not None:
+        raise ValueError("--rank and --merged exclude each other: a merged model has no adapter to truncate.")
+    report = export_merged_folder(arguments.adapter, arguments.output, base=arguments.base)
+    print(
+        f"wrote {report.path}: merged model in {str(report.dtype).removeprefix('torch.')}, rounding changed the "
+        f"adapter's change by {report.relative_error:.3g}, {report.size:,} bytes"
+    )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import enum
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig
 
-from .files import replace_file
+from . import fingerprint
+from .card import write_note
+from .checks import WEIGHTS_NAME, check_folder
 
 
 class ScaLoRAPeftType(str, enum.Enum):
@@ -55,6 +60,8 @@ class ScaLoRAConfig(LoraConfig):
         accumulator: where folded change lives: "factored" (U of out x R and V of R x in) or "dense" (out x in, exact,
             for small models).
         accumulator_rank: the rank R of the factored accumulator; None means 8 r. Never above min(in, out).
+        base_fingerprint: what tells the base model from others; saving records it, loading warns of another base.
+        requires: what a reader of adapter_config.json needs to load the adapter; informative.
 
     Raises:
         ValueError: a field has a value outside its range, or the feature it asks for is not supported.
@@ -75,6 +82,9 @@ class ScaLoRAConfig(LoraConfig):
     accumulator_rank: int | None = field(
         default=None, metadata={"help": "Rank R of the factored accumulator; None means 8 r."}
     )
+    base_fingerprint: dict | None = field(
+        default=None, metadata={"help": "What tells the base model from others; recorded when the adapter is saved."}
+    )
     requires: str = field(
         default="peft-scalora: pip install peft-scalora, then `import peft_scalora` before loading",
         metadata={"help": "What a reader of adapter_config.json needs to load the adapter; informative."},
@@ -86,17 +96,47 @@ class ScaLoRAConfig(LoraConfig):
         self._check_own_fields()
         self._check_lora_fields()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+    ) -> ScaLoRAConfig:
+        """As for LoraConfig; the weights beside it are checked against it, before anything of its sizes is built.
+
+        Raises:
+            ValueError: the weights are missing on the hub, no safetensors file, or do not fit the configuration.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, *filter(None, [subfolder]))
+        if not os.path.isdir(folder):
+            download = cls._split_kwargs(kwargs)[0]
+            try:  # PEFT fetches the same file next, and would fetch a pickle file in its place
+                path = hf_hub_download(pretrained_model_name_or_path, WEIGHTS_NAME, subfolder=subfolder, **download)
+            except RemoteEntryNotFoundError as error:
+                raise ValueError(f"{folder} has no {WEIGHTS_NAME}, the only format ScaLoRA reads.") from error
+            folder = os.path.dirname(path)
+        check_folder(folder, config)
+        return config
+
     def _check_own_fields(self):
         _check_choice("scaling", self.scaling, SCALINGS)
         _check_choice("accumulator", self.accumulator, ACCUMULATORS)
         _check_positive_int("scaling_interval", self.scaling_interval)
         if self.accumulator_rank is not None:
             _check_positive_int("accumulator_rank", self.accumulator_rank)
-        is_number = isinstance(self.smoothness, (int, float)) and not isinstance(self.smoothness, bool)
-        if self.smoothness != "auto" and not (is_number and 0 < self.smoothness < float("inf")):
+        if self.smoothness != "auto" and not (_is_finite(self.smoothness) and self.smoothness > 0):
             raise ValueError(f"smoothness={self.smoothness!r} must be a positive number or 'auto'.")
+        fingerprint.check(self.base_fingerprint)
 
     def _check_lora_fields(self):
+        # A file of somebody else's may hold any JSON value.
+        _check_positive_int("r", self.r)
+        _check_finite("lora_alpha", self.lora_alpha)
+        _check_finite("lora_dropout", self.lora_dropout)
+        for name, check in (("rank_pattern", _check_positive_int), ("alpha_pattern", _check_finite)):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}={getattr(self, name)!r} must map module names to numbers.")
+            for key, value in getattr(self, name).items():
+                check(f"{name}[{key!r}]", value)
         for name, reason in _REFUSED_FIELDS.items():
             value = getattr(self, name)
             if value not in (None, False) and value != []:
@@ -118,9 +158,9 @@ class ScaLoRAConfig(LoraConfig):
         return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save the configuration, and say in the model card what loading the adapter needs."""
+        """Save the configuration, and say in the model card what the adapter is and what loading it needs."""
         super().save_pretrained(save_directory, **kwargs)
-        _add_loading_note(save_directory, self)
+        write_note(save_directory, self)
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
@@ -133,35 +173,10 @@ def _check_positive_int(name: str, value) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
 
 
-_NOTE_HEADING = "## Loading this ScaLoRA adapter"
-_NOTE_END = "`peft-scalora export path/to/this/folder path/to/plain_lora`."
-_NOTE = """{heading}
-
-Trained with ScaLoRA (r={r}, scaling={scaling!r}, rescaled every {interval} steps): the weight change has a rank far
-above r. Install the package peft-scalora, then import it before loading:
-
-```python
-# pip install peft-scalora
-import peft_scalora
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-
-Without the package PEFT stops with `KeyError: 'SCALORA'`. To serve the adapter without the package, turn it into a
-plain LoRA folder once: `peft-scalora export path/to/this/folder path/to/plain_lora`.
-"""
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _add_loading_note(folder: str, config: ScaLoRAConfig) -> None:
-    path = os.path.join(folder, "README.md")
-    card = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            card = file.read()
-    note = _NOTE.format(heading=_NOTE_HEADING, r=config.r, scaling=config.scaling, interval=config.scaling_interval)
-    # An older note of the same folder goes; what stands around it is the user's and PEFT's.
-    before, _, rest = card.partition(_NOTE_HEADING)
-    _, _, after = rest.partition(_NOTE_END)
-    card = "\n\n".join(part.strip() for part in (before, after) if part.strip())
-    replace_file(path, f"{card}\n\n{note}".lstrip())
+def _check_finite(name: str, value) -> None:
+    if not _is_finite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, fields
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -12,10 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .accumulator import singular_values, truncate
+from .card import exported_card, results_of
+from .checks import WEIGHTS_NAME
 from .config import ScaLoRAConfig
+from .files import new_folder, replace_file
 from .layer import ScaLoRALayer
 from .rank import adapted_layers
 from .saved import SavedLayer, read_adapter, saved_layers
+from .serving import max_lora_rank, obstacles
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class ExportReport:
 
     Attributes:
         path: the folder.
-        rank: r of the plain LoRA adapter; vLLM needs --max-lora-rank of at least this.
+        rank: r of the plain LoRA adapter.
+        max_lora_rank: what vLLM needs as --max-lora-rank; None if no setting is high enough.
+        obstacles: why vLLM will refuse the adapter; empty if it will not.
         relative_error: ‖exported - trained‖_F / ‖trained‖_F of the weight change over all layers; 0 for an exact export
             (up to float32 rounding).
         layer_errors: the same for each layer.
@@ -33,6 +38,8 @@ class ExportReport:
 
     path: str
     rank: int
+    max_lora_rank: int | None
+    obstacles: list[str]
     relative_error: float
     layer_errors: dict[str, float]
     size: int
@@ -56,14 +63,14 @@ def export_lora(
     state = {k: v.cpu() for k, v in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
     saved = saved_layers(state, config)
     relative = {name: float(layers[name].scaling[adapter_name]) / layer.scaling for name, layer in saved.items()}
-    return _export(saved, state, config, os.fspath(path), rank, relative)
+    return _export(saved, state, config, os.fspath(path), rank, relative, {})
 
 
 def export_folder(folder: str, path: str, rank: int | None = None) -> ExportReport:
     """The same from a saved adapter folder, without its base model."""
     config, state = read_adapter(folder)
     saved = saved_layers(state, config)
-    return _export(saved, state, config, path, rank, dict.fromkeys(saved, 1.0))
+    return _export(saved, state, config, path, rank, dict.fromkeys(saved, 1.0), results_of(folder))
 
 
 def _export(
@@ -73,11 +80,10 @@ def _export(
     path: str,
     rank: int | None,
     relative_scale: dict[str, float],
+    results: dict[str, float],
 ) -> ExportReport:
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank!r} must be 1 or more, or None for the exact export.")
-    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        raise FileExistsError(f"path={path!r} exists and is not an empty folder: choose another or remove it.")
     rescaled = {name: layer for name, layer in layers.items() if layer.U is not None}
     factors, whole, lost = {}, {}, {}
     for name, layer in rescaled.items():
@@ -94,9 +100,15 @@ def _export(
     plain = {name: layer for name, layer in layers.items() if layer.U is None}
     error = (sum(lost.values()) / sum(whole.values())) ** 0.5 if sum(whole.values()) else 0.0
     layer_errors = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in rescaled}
-    _write_folder(path, state, _plain_config(config, new_rank, plain), error)
-    size = os.path.getsize(os.path.join(path, "adapter_model.safetensors"))
-    return ExportReport(path, new_rank, error, layer_errors, size)
+    plain_config = _plain_config(config, new_rank, plain)
+    refused = obstacles(plain_config, state)
+    with new_folder(path) as folder:
+        save_file(state, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        plain_config.save_pretrained(folder)
+        card = exported_card(config, new_rank, error, refused, results)
+        replace_file(os.path.join(folder, "README.md"), card)
+    size = os.path.getsize(os.path.join(path, WEIGHTS_NAME))
+    return ExportReport(path, new_rank, max_lora_rank(new_rank), refused, error, layer_errors, size)
 
 
 def _truncated(P: Tensor, Q: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float, float]:
@@ -129,41 +141,3 @@ def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]
         if isinstance(value, set):  # in a fixed order, so that an export is always the same bytes
             setattr(plain_config, name, sorted(value))
     return plain_config
-
-
-def _write_folder(path: str, state: dict[str, Tensor], config: LoraConfig, error: float) -> None:
-    parent = os.path.dirname(os.path.abspath(path))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as folder:
-        staged = os.path.join(folder, "adapter")
-        os.makedirs(staged)
-        save_file(state, os.path.join(staged, "adapter_model.safetensors"), metadata={"format": "pt"})
-        config.save_pretrained(staged)
-        with open(os.path.join(staged, "README.md"), "w", encoding="utf-8") as file:
-            file.write(_CARD.format(base=config.base_model_name_or_path, rank=config.r, error=error))
-        if os.path.isdir(path):
-            os.rmdir(path)
-        os.rename(staged, path)
-
-
-_CARD = """---
-library_name: peft
-base_model: {base}
-tags:
-- lora
-- scalora
----
-
-# LoRA adapter exported from ScaLoRA
-
-A plain LoRA adapter of rank {rank}, exported from a ScaLoRA adapter (arXiv 2510.23818). Relative error of the weight
-change against the trained adapter, in the Frobenius norm over all layers: {error:.3g}.
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-
-vLLM serves it with `--enable-lora --max-lora-rank` of at least {rank}.
-"""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .accumulator import singular_values
 from .config import ScaLoRAConfig
 from .low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
+from .quantized import dequantized, keep_as_loaded
 
 # Every live ScaLoRA layer, so that a hook on any optimizer can find the layers whose parameters it steps.
 LAYERS: weakref.WeakSet[ScaLoRALayer] = weakref.WeakSet()
@@ -239,12 +240,29 @@ class ScaLoRALayer:
             return torch.linalg.svdvals(P.double() @ Q.double())
         return singular_values(*self.change_factors(adapter))
 
+    def merge(self, *args, **kwargs) -> None:
+        """As PEFT merges; what quantizing a base weight again does to the sum is kept for the model to report."""
+        before, merged = dequantized(self.get_base_layer()), len(self.merged_adapters)
+        super().merge(*args, **kwargs)
+        if before is not None and self.merged_adapters[merged:]:
+            change = sum(self.get_delta_weight(adapter) for adapter in self.merged_adapters[merged:])
+            error = dequantized(self.get_base_layer()) - (before + change)
+            self.requantization = float(error.detach().norm()), float(change.detach().norm())
+
     # What PEFT does with an adapter, extended to the accumulated state.
 
     def update_layer(self, adapter_name: str, *args, config: ScaLoRAConfig, **kwargs) -> None:
         super().update_layer(adapter_name, *args, config=config, **kwargs)
         if isinstance(config, ScaLoRAConfig):  # transformers can put a plain LoRA adapter beside a ScaLoRA one
             self._add_accumulator(adapter_name, config)
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give `target`, of the same shapes, the factors and the accumulated change of `source`."""
+        for held in (self.scalora_U, self.scalora_V, self.scalora_norms, self.scalora_progress):
+            held[target].copy_(held[source])
+        for new, old in zip(self.factors(target), self.factors(source)):
+            new.copy_(old)
 
     def delete_adapter(self, adapter_name: str) -> None:
         for held in (self.scalora_U, self.scalora_V, self.scalora_norms, self.scalora_progress, self.scalora_config):
@@ -392,6 +410,7 @@ def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
 def make_scalora(layer: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:
     """Turn a LoRA layer that PEFT has just built, for whatever backend, into its ScaLoRA version in place."""
     layer.__class__ = scalora_class(type(layer))
+    keep_as_loaded(layer.get_base_layer())
     layer._add_accumulator(adapter, config)
 
 

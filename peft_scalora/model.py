@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import get_tp_plan_and_mesh
@@ -13,7 +15,9 @@ from torch import nn
 from torch.nn.functional import pad
 
 from .accumulator import truncate
+from .checks import check_values
 from .config import ScaLoRAConfig
+from .fingerprint import difference, fingerprint, short
 from .layer import ScaLoRALayer, make_scalora
 from .rescale import install_deepspeed_hook
 
@@ -42,9 +46,30 @@ class ScaLoRAModel(LoraModel):
         """DDP would broadcast the accumulated state of rank 0 before every forward; all ranks compute the same one."""
         return [f"base_model.{name}" for name, _ in self.named_buffers() if "scalora_" in name]
 
-    def inject_adapter(self, *args, **kwargs) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: ScaLoRAConfig, adapter_name: str) -> None:
+        """Take the fingerprint while the base model is whole: it may be sharded by the time it is saved."""
+        super()._pre_injection_hook(model, config, adapter_name)
+        self.base_fingerprint = fingerprint(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Add an adapter; one that is added with the very configuration of a rescaled one becomes a copy of it.
+
+        TRL makes its reference adapters so, and then copies the parameters itself, but not the accumulated change.
+        """
         install_deepspeed_hook()
-        super().inject_adapter(*args, **kwargs)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        for name in (name for name, other in self.peft_config.items() if other is config and name != adapter_name):
+            if any(layer.progress(name).columns for layer in self._layers_with(name)):
+                warnings.warn(
+                    f"Adapter {adapter_name!r} is added with the configuration object of {name!r} and becomes a copy "
+                    "of it, as TRL's reference adapters have to. For a fresh adapter pass a copy of the configuration."
+                )
+                for layer in self._layers_with(name):
+                    layer.copy_adapter(name, adapter_name)
+
+    def _layers_with(self, adapter: str) -> list[ScaLoRALayer]:
+        return [layer for layer in self._scalora_layers().values() if adapter in layer.scalora_U]
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
@@ -80,7 +105,16 @@ class ScaLoRAModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         _warn_if_never_rescaled(model, adapter_name, config)
+        config.base_fingerprint = _base_fingerprint(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        check_values(state_dict, f"the adapter loaded as {adapter_name!r}")
+        _warn_of_another_base(model, config)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _refuse_base_weights(model, remapped)
+        return remapped
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
@@ -88,6 +122,19 @@ class ScaLoRAModel(LoraModel):
             "ScaLoRA does not support path_initial_model_for_weight_conversion: it converts adapters that changed the "
             "base weights. Use peft_scalora.export_lora for a plain LoRA adapter."
         )
+
+    def merge_adapter(self, *args, **kwargs) -> None:
+        super().merge_adapter(*args, **kwargs)
+        _warn_of_requantization(self._scalora_layers())
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        layers = self._scalora_layers()  # which are gone afterwards
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        _warn_of_requantization(layers)
+        return unloaded
+
+    def _scalora_layers(self) -> dict[str, ScaLoRALayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, ScaLoRALayer)}
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", *args, **kwargs) -> None:
         """Combine adapters as PEFT does, with their accumulated change.
@@ -122,6 +169,59 @@ class ScaLoRAModel(LoraModel):
                 _combine_accumulated(layer, parts, adapter_name, rank)
 
 
+def _base_fingerprint(model: nn.Module) -> dict:
+    """Of a PeftModel, or of a transformers model that carries the adapter itself."""
+    tuner = getattr(model, "base_model", None)
+    return tuner.base_fingerprint if isinstance(tuner, ScaLoRAModel) else fingerprint(model)
+
+
+def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:
+    """A warning, not an error: with another adapter merged into it, or a larger vocabulary, it may be meant."""
+    recorded, current = config.base_fingerprint, _base_fingerprint(model)
+    if recorded is None:
+        return
+    if reason := difference(recorded, current):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        there, here = config.base_model_name_or_path, getattr(base, "name_or_path", None) or type(base).__name__
+        warnings.warn(
+            f"The adapter was trained on base model {there!r} (fingerprint {short(recorded)}) and is loaded onto "
+            f"another one, {here!r} (fingerprint {short(current)}): {reason}. Unless you mean it, load it onto the "
+            "model it was trained on."
+        )
+
+
+def _refuse_base_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """A file could replace any weight of the base model unseen. PEFT saves embeddings (of a vocabulary that has grown)
+    and biases with an adapter, nothing else."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    getters = [getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    modules = [get() for get in getters if get is not None]
+    embeddings = {id(p) for module in modules if module is not None for p in module.parameters()}
+    own = ("lora_", "modules_to_save.", "token_adapter.", "original_module.")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        kept = id(tensor) in embeddings or name.endswith("bias") or any(part in name for part in own)
+        if name in state_dict and not kept:
+            raise ValueError(
+                f"The adapter's file has {name}, a weight of the base model, which loading would replace. Remove it "
+                "from the file if you trust the rest."
+            )
+
+
+def _warn_of_requantization(layers: dict[str, ScaLoRALayer]) -> None:
+    """Say, once for all layers just merged into a quantized weight, what quantizing the sum again cost."""
+    measured = [layer.__dict__.pop("requantization", None) for layer in layers.values()]
+    measured = [norms for norms in measured if norms is not None]
+    if not measured:
+        return
+    error, change = (sum(norms[i] ** 2 for norms in measured) ** 0.5 for i in (0, 1))
+    size = error / change if change else float("inf")
+    warnings.warn(
+        f"Merging quantized {len(measured)} weights again, which moved them by {size:.2g} times the norm of the change "
+        "that was merged (at 1, nothing of it need be left). Left unmerged, the adapter is exact; "
+        "peft_scalora.export_merged writes the sum unquantized."
+    )
+
+
 def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> None:
     new, old = layer.progress(new_name), [layer.progress(name) for name in names]
     new.steps = max((progress.steps for progress in old), default=0)
@@ -147,12 +247,22 @@ def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], ne
     layer.progress(new_name).columns = U.shape[1]
 
 
+def _is_trained(layer: ScaLoRALayer, adapter: str, config: ScaLoRAConfig) -> bool:
+    """Whether the factor that starts at zero no longer is, or, without one, the other's norm is not what it was."""
+    if any(factor.is_meta for factor in layer.factors(adapter)):
+        return False
+    if config.init_lora_weights in (True, "gaussian"):
+        return all(bool(factor.detach().any()) for factor in layer.factors(adapter))
+    start, now = layer.scalora_norms[adapter][0], layer._initial_column_norm2(adapter)
+    return not torch.isclose(start, now.to(start.device), rtol=1e-4)  # a cast to bfloat16 changes less
+
+
 def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
     """A trained adapter whose steps nobody counted would be plain LoRA without anybody noticing."""
     layers = [m for m in model.modules() if isinstance(m, ScaLoRALayer) and adapter in m.scalora_U]
-    if config.init_lora_weights not in (True, "gaussian") or any(m.progress(adapter).numbers.any() for m in layers):
+    if any(m.progress(adapter).numbers.any() for m in layers):
         return
-    if any(all(bool(p.detach().any()) for p in m.factors(adapter) if not p.is_meta) for m in layers):
+    if any(_is_trained(layer, adapter, config) for layer in layers):
         warnings.warn(
             f"The ScaLoRA adapter {adapter!r} has been trained but never rescaled, so it is a plain LoRA adapter: no "
             "torch optimizer whose step hooks run has stepped it. Call peft_scalora.rescale(model, optimizer) before "

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .checks import FACTOR_KEYS, WEIGHTS_NAME, check_folder, check_values, refuse_other_weights
 from .config import ScaLoRAConfig
-
-# Where a layer's factors are, linear and convolution layers first, then embeddings.
-_KEYS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,13 @@ class SavedLayer:
         P, Q = self.lora_B.flatten(1).float() * self.scaling, self.lora_A.flatten(1).float()
         if self.U is None:
             return P, Q
-        V = torch.eye(self.U.shape[1]) if self.V.shape[0] == 0 else self.V  # a dense accumulator has no V
-        return torch.cat([P, self.U], 1), torch.cat([Q, V], 0)
+        return torch.cat([P, self.U], 1), torch.cat([Q, self.V], 0)
 
 
 def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, SavedLayer]:
     """The layers of an adapter's state dict (keys without adapter names), by module name."""
     layers = {}
-    for suffix_B, suffix_A in _KEYS:
+    for suffix_B, suffix_A in FACTOR_KEYS:
         for key in state:
             if not key.endswith(f".{suffix_A}"):
                 continue
@@ -53,7 +49,8 @@ def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Save
             if f"{name}.scalora_U.weight" in state:
                 columns = int(state[f"{name}.scalora_progress.weight"][2])
                 U, V = state[f"{name}.scalora_U.weight"], state[f"{name}.scalora_V.weight"]
-                U, V = (U, V) if V.shape[0] == 0 else (U[:, :columns], V[:columns])
+                # A dense accumulator has no V.
+                U, V = (U, torch.eye(U.shape[1])) if V.shape[0] == 0 else (U[:, :columns], V[:columns])
                 discarded = float(state[f"{name}.scalora_norms.weight"][1])
             key_B = f"{name}.{suffix_B}"
             scaling = _scaling(config, name, state[key].shape[0])
@@ -72,14 +69,20 @@ def read_adapter(folder: str) -> tuple[ScaLoRAConfig, dict[str, Tensor]]:
     Raises:
         FileNotFoundError: a file is missing. ValueError: the files are not those of a ScaLoRA adapter.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", WEIGHTS_NAME):
         if not os.path.isfile(os.path.join(folder, name)):
+            refuse_other_weights(folder)
             raise FileNotFoundError(f"adapter={folder!r} has no {name}: name the folder of a saved ScaLoRA adapter.")
     try:
         config = PeftConfig.from_pretrained(folder)
-        state = load_file(os.path.join(folder, "adapter_model.safetensors"))
-    except (KeyError, TypeError, SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"adapter={folder!r} cannot be read: {error!r}. Save it again.") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"adapter={folder!r} has an adapter_config.json that cannot be read ({error!r}): fetch or save it again."
+        ) from error
     if not isinstance(config, ScaLoRAConfig):
         raise ValueError(f"adapter={folder!r} is of type {config.peft_type}, not SCALORA: there is nothing to convert.")
+    check_folder(folder, config)
+    path = os.path.join(folder, WEIGHTS_NAME)
+    state = load_file(path)
+    check_values(state, path)
     return config, state

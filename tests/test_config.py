@@ -16,7 +16,15 @@ from torch import nn
 
 from peft_scalora import ScaLoRAConfig
 
-OWN_FIELDS = {"scaling", "scaling_interval", "smoothness", "accumulator", "accumulator_rank", "requires"}
+OWN_FIELDS = {
+    "scaling",
+    "scaling_interval",
+    "smoothness",
+    "accumulator",
+    "accumulator_rank",
+    "base_fingerprint",
+    "requires",
+}
 
 
 def layer_ranks(**options):

@@ -177,7 +177,10 @@ def steps_by_hand(model, x, steps=3):
 
 @pytest.mark.parametrize(
     ("name", "init"),
-    [("Linear", True), ("Linear", "gaussian"), ("Embedding", True), ("Conv2d", True), ("MultiheadAttention", True)],
+    [
+        *[("Linear", init) for init in (True, "gaussian", False, "orthogonal")],
+        *[("Embedding", True), ("Embedding", False), ("Conv2d", True), ("Conv2d", False), ("MultiheadAttention", True)],
+    ],
 )
 def test_saving_an_adapter_that_nobody_rescaled_warns(tmp_path, name, init):
     kind = KINDS[name]

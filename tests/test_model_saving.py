@@ -1,8 +1,10 @@
 """Saving and loading adapters, and the files of a saved one."""
 
+import contextlib
 import copy
 import json
 import os
+import re
 import warnings
 
 import pytest
@@ -26,10 +28,10 @@ from helpers_models import (
 )
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_scalora import ScaLoRAConfig
+from peft_scalora import ScaLoRAConfig, fingerprint
 
 # Saving and loading.
 
@@ -96,10 +98,14 @@ def test_save_load_save_gives_the_same_bytes(tmp_path, name, accumulator):
     assert again == first, "a second save into the same folder"
 
 
-def test_saving_in_torch_format(tmp_path):
+def test_pickled_adapters_are_converted_before_they_are_loaded(tmp_path):
     base, model = KINDS["Linear"].filled()
     save(model, tmp_path, safe_serialization=False)
-    assert (tmp_path / "adapter_model.bin").exists()
+    with pytest.raises(ValueError, match=r"does not support adapter_model\.bin.*weights_only=True") as refusal:
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    (remedy,) = re.findall(r"safetensors\.torch\.(save_file\(.*\))", str(refusal.value))
+    with contextlib.chdir(tmp_path):
+        exec(remedy, {"save_file": save_file, "torch": torch})
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert torch.equal(output(loaded, floats(5, 14)), output(model, floats(5, 14)))
 
@@ -244,6 +250,49 @@ def test_model_card_and_configuration_tell_how_to_load(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n"), "the metadata block has to stay at the top"
     assert "library_name: peft" in card.split("---")[1]
+
+
+def test_card_above_an_adapter_of_another_name_says_how_to_load(tmp_path):
+    """PEFT writes one card, into the root folder, where there is no adapter then."""
+    kind = KINDS["Linear"]
+    (tmp_path / "README.md").write_text("# A folder of mine\n")
+    model = fill(get_peft_model(kind.build(), kind.config(), adapter_name="mine"), "mine")
+    for _ in range(2):
+        save(model, tmp_path / "run")
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert card.count("pip install peft-scalora") == card.count("library_name: peft") == 1
+        assert "import peft_scalora" in (tmp_path / "run" / "mine" / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == "# A folder of mine\n"
+
+
+def test_card_states_settings_rank_and_base(tmp_path):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = scalora_config(target_modules=["q_proj", "v_proj"], use_rslora=True, smoothness=2.5)
+    save(get_peft_model(base, config), tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    recorded = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_fingerprint"]
+    for fact in (
+        "arxiv.org/abs/2510.23818", "r=2, and up to 5", "lora_alpha=3", "smoothness=2.5", "use_rslora",
+        "q_proj, v_proj", f"{tmp_path / 'base'} (fingerprint {fingerprint.short(recorded)})",
+    ):  # fmt: skip
+        assert fact in card, fact
+    assert "| results" not in card
+
+
+def test_card_states_the_results_of_the_last_checkpoint(tmp_path):
+    _, model = KINDS["Linear"].filled()
+    for step, loss in ((9, 3.5), (10, 2.25)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        log = [{"loss": 7.0, "step": 1}, {"loss": loss, "step": step}, {"eval_loss": 2 * loss, "eval_runtime": 1.0}]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    save(model, tmp_path)
+    assert "| results | eval_loss 4.5, loss 2.25, step 10 |" in (tmp_path / "README.md").read_text()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"log_his')  # by a run that was killed
+    save(model, tmp_path)
+    assert "| results" not in (tmp_path / "README.md").read_text()
 
 
 def test_card_of_the_user_is_kept(tmp_path):

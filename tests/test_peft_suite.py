@@ -43,6 +43,7 @@ REFUSED = {
     "kasa_config": "it changes the base weights",
     "target_parameters": "fused expert parameters share one pair of factors",
     "init_lora_weights='mica'": "it freezes a factor",
+    "adapter_model.bin": "a pickle file can run code when it is read",
     "mixed": "PeftMixedModel has a closed list of the methods it can mix",
 }
 # How a refusal reads: ours name the field and its value, PEFT itself refuses mixed=True.

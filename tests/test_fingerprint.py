@@ -1,0 +1,158 @@
+"""Fingerprints of base models, and loading an adapter onto another base than it was trained on."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from helpers_adapters import save
+from helpers_models import KINDS, every_layer_kind, fill, scalora_config, tiny_llama, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_scalora.fingerprint import check, difference, fingerprint, short
+
+OTHER = "trained on base model"
+
+
+def warned(load, match=OTHER):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load()
+    return [str(warning.message) for warning in caught if match in str(warning.message)]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A base model, saved, and an adapter trained on it."""
+    folder = tmp_path_factory.mktemp("fingerprint")
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    save(fill(get_peft_model(base, scalora_config(target_modules="all-linear")), inputs=tokens()), folder / "adapter")
+    return folder
+
+
+def load_base(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder / "base", **kwargs)
+
+
+@every_layer_kind
+@pytest.mark.parametrize("modules_to_save", [None, ["lin1", "head", "lm_head", "classifier"]])
+def test_adapters_do_not_change_it(kind, modules_to_save):
+    base = kind.build()
+    expected = fingerprint(base)
+    targets = [target for target in kind.targets if target not in (modules_to_save or ())]
+    model = get_peft_model(base, kind.config(target_modules=targets, modules_to_save=modules_to_save))
+    model.add_adapter("other", kind.config(target_modules=targets, modules_to_save=modules_to_save))
+    assert fingerprint(model) == fingerprint(model.get_base_model()) == expected
+
+
+def test_it_is_of_names_shapes_and_values():
+    """By hand, of a model of two weights."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.LayerNorm(4)})
+    with torch.no_grad():
+        model["a"].weight.copy_(torch.arange(6.0).view(2, 3))
+        model["b"].weight.copy_(torch.tensor([5.0, 6, 7, 8]))
+    found = fingerprint(model)
+    assert sorted(found["values"]) == [2.0, 4.0, 6.0, 7.0]  # entries 6 // 3 and 12 // 3, and 4 // 3 and 8 // 3
+    assert json.loads(json.dumps(found)) == found
+    renamed = nn.ModuleDict({"c": model["a"], "b": model["b"]})
+    assert fingerprint(renamed)["weights"] != found["weights"]
+    model["a"].bias.data += 1
+    assert fingerprint(model) == found, "biases may be trained beside the adapter"
+
+
+def test_it_reads_few_values_of_a_large_model():
+    wide = nn.Sequential(*(nn.Linear(4, 4) for _ in range(100)))
+    assert len(fingerprint(wide)["values"]) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_the_same_base_in_any_precision_is_the_same(adapter, dtype, low_cpu_mem_usage):
+    base = load_base(adapter, dtype=dtype)
+    assert not warned(lambda: PeftModel.from_pretrained(base, adapter / "adapter", low_cpu_mem_usage=low_cpu_mem_usage))
+
+
+def test_another_base_is_named(adapter):
+    """One of other weights, of another shape, and the same one after some training."""
+    torch.manual_seed(1)
+    trained = load_base(adapter)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.add_(0.05 * weight.std() * torch.randn_like(weight))
+    for other, reason in (
+        (tiny_llama(), "sampled weights have another value"),
+        (trained, "sampled weights have another value"),
+        (tiny_llama(vocab_size=41), "names or shapes"),
+        (tiny_llama(num_hidden_layers=3), "names or shapes"),
+    ):
+        current = short(fingerprint(other))
+        (message,) = warned(lambda base=other: PeftModel.from_pretrained(base, adapter / "adapter"))
+        recorded = json.loads((adapter / "adapter" / "adapter_config.json").read_text())["base_fingerprint"]
+        assert str(adapter / "base") in message
+        for part in (short(recorded), current, reason, "load it onto the model it was trained on"):
+            assert part in message
+        assert short(recorded) != current
+
+
+def test_another_base_is_named_for_a_second_adapter(adapter):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama(), scalora_config(target_modules=["q_proj"]))
+    assert warned(lambda: model.load_adapter(adapter / "adapter", "second"))
+
+
+def test_saving_again_records_the_base_that_is_there(adapter, tmp_path):
+    torch.manual_seed(1)
+    base = tiny_llama()
+    expected = fingerprint(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(PeftModel.from_pretrained(base, adapter / "adapter"), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_fingerprint"] == expected
+
+
+def test_one_configuration_serves_for_two_models(tmp_path):
+    """And the fingerprint is that of the base as it was before training, whole."""
+    config = scalora_config(target_modules=["lin0"])
+    for name in ("first", "second"):
+        base = KINDS["Linear"].build()
+        expected = fingerprint(base)
+        model = get_peft_model(base, config)
+        base.lin1.weight.data.zero_()
+        assert not warned(lambda model=model, name=name: save(model, tmp_path / name))
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["base_fingerprint"] == expected
+
+
+def test_adapters_that_transformers_carries(adapter, tmp_path):
+    base = load_base(adapter)
+    expected = fingerprint(base)
+    base.add_adapter(scalora_config(target_modules=["q_proj"]))
+    base.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_fingerprint"] == expected
+
+
+def test_weights_that_are_not_in_memory_have_no_values(adapter):
+    base = load_base(adapter)
+    with torch.device("meta"):
+        empty = tiny_llama()
+    assert fingerprint(empty)["weights"] == fingerprint(base)["weights"]
+    assert set(fingerprint(empty)["values"]) == {None}
+    assert difference(fingerprint(base), fingerprint(empty)) is None
+    assert not warned(lambda: PeftModel.from_pretrained(copy.deepcopy(empty), adapter / "adapter"))
+
+
+def test_plain_lora_is_left_alone(adapter, tmp_path):
+    get_peft_model(load_base(adapter), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert not warned(lambda: PeftModel.from_pretrained(tiny_llama(), tmp_path))
+
+
+@pytest.mark.parametrize("value", ["x", 3, [], {}, {"weights": 1, "values": []}, {"weights": "a", "values": ["b"]}])
+def test_what_is_no_fingerprint_is_refused(value):
+    with pytest.raises(ValueError, match="base_fingerprint="):
+        check(value)
+    with pytest.raises(ValueError, match="base_fingerprint="):
+        scalora_config(base_fingerprint=value)

@@ -15,6 +15,7 @@ _LAZY = {
     "effective_rank": "rank",
     "export_lora": "export",
     "export_merged": "merged",
+    "last_complete_checkpoint": "checkpoints",
     "push_to_hub": "hub",
 }
 __all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "rescale", *_LAZY]

@@ -22,9 +22,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .callbacks import ScaLoRACallback
+from .checkpoints import last_complete_checkpoint
 from .config import ScaLoRAConfig
 from .data import Fields, encode, find_fields, load_rows
 from .files import replace_file
@@ -160,7 +160,7 @@ def finetune(settings: FinetuneSettings) -> dict:
     times = _StepTimes()
     trainer.add_callback(times)
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(settings.output))
+    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(settings.output))
     seconds = time.perf_counter() - started
 
     trainer.save_model(settings.output)

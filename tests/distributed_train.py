@@ -1,8 +1,9 @@
 """Run by torchrun: train one adapter under an engine, and beside it on one process, on the same global batches.
 
-    torchrun --nproc_per_node 2 distributed_train.py ENGINE RESULT [settings as JSON]
+    torchrun --nproc_per_node 2 distributed_train.py ENGINE RESULT SETTINGS
 
-Rank 0 saves the adapter of every rank, and that of the single process, as whole tensors.
+Rank 0 saves the adapter of every rank, and that of the single process, as whole tensors. SETTINGS is JSON: accumulate,
+clip, and to break a run in two the steps first and last, the checkpoint to load and the one to save.
 """
 
 import copy
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from peft_scalora import ScaLoRAConfig
 
@@ -30,11 +32,13 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def batches(accumulate):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
+def batches(settings):
+    """The micro-batches of every step from `first` to before `last`."""
+    generator, accumulate = torch.Generator().manual_seed(1), settings["accumulate"]
+    for step in range(settings["last"]):
         x, y = torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 8, generator=generator)
-        yield list(zip(x.chunk(accumulate), y.chunk(accumulate)))
+        if step >= settings["first"]:
+            yield list(zip(x.chunk(accumulate), y.chunk(accumulate)))
 
 
 def loss_of(model, x, y):
@@ -45,37 +49,51 @@ def mine(tensor):
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def train(model, wrapped, accumulate, clip, share=mine):
+def train(model, wrapped, settings, share=mine):
     """The usual loop: accumulation, clipping, step."""
     optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
-    for micro_batches in batches(accumulate):
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    if settings.get("load"):
+        saved = torch.load(settings["load"])
+        set_state_dict(
+            model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=whole
+        )
+    for micro_batches in batches(settings):
         for i, (x, y) in enumerate(micro_batches):
-            last = i == accumulate - 1
+            last = i == settings["accumulate"] - 1
             if hasattr(wrapped, "set_requires_gradient_sync"):
                 wrapped.set_requires_gradient_sync(last)
-            (loss_of(wrapped, share(x), share(y)) / accumulate).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(trainable(model), clip)
+            (loss_of(wrapped, share(x), share(y)) / settings["accumulate"]).backward()
+        if settings["clip"]:
+            nn.utils.clip_grad_norm_(trainable(model), settings["clip"])
         optimizer.step()
         optimizer.zero_grad()
+    if settings.get("save"):
+        held_model, held_optimizer = get_state_dict(model, optimizer, options=whole)
+        if dist.get_rank() == 0:
+            torch.save({"model": held_model, "optimizer": held_optimizer}, settings["save"])
 
 
-def train_deepspeed(model, stage, accumulate, clip):
+def train_deepspeed(model, stage, settings):
     import deepspeed
 
     config = {
-        "train_micro_batch_size_per_gpu": BATCH // accumulate // dist.get_world_size(),
-        "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": clip,
+        "train_micro_batch_size_per_gpu": BATCH // settings["accumulate"] // dist.get_world_size(),
+        "gradient_accumulation_steps": settings["accumulate"],
+        "gradient_clipping": settings["clip"],
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
     }
     optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for micro_batches in batches(accumulate):
+    if settings.get("load"):
+        engine.load_checkpoint(settings["load"])
+    for micro_batches in batches(settings):
         for x, y in micro_batches:
             engine.backward(loss_of(engine, mine(x), mine(y)))
             engine.step()
+    if settings.get("save"):
+        engine.save_checkpoint(settings["save"])
 
 
 def whole_state(model, stage):
@@ -93,8 +111,7 @@ def whole_state(model, stage):
 
 def main():
     engine, path = sys.argv[1:3]
-    settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    accumulate, clip = settings.get("accumulate", 1), settings.get("clip", 0.0)
+    settings = {"accumulate": 1, "clip": 0.0, "first": 0, "last": STEPS} | json.loads(sys.argv[3])
     torch.set_num_threads(1)
     stage = int(engine[-1]) if engine.startswith("zero") else None
     if stage:
@@ -105,16 +122,17 @@ def main():
         dist.init_process_group("gloo")
     model, single = make_model(), make_model()
     if engine == "ddp":
-        train(model, nn.parallel.DistributedDataParallel(model), accumulate, clip)
+        train(model, nn.parallel.DistributedDataParallel(model), settings)
     elif engine == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        train(model, fully_shard(model), accumulate, clip)
+        train(model, fully_shard(model), settings)
     else:
-        train_deepspeed(model, stage, accumulate, clip)
+        train_deepspeed(model, stage, settings)
     states = [None] * dist.get_world_size()
     dist.all_gather_object(states, whole_state(model, stage))
-    train(single, single, accumulate, clip, share=lambda tensor: tensor)
+    unbroken = {"accumulate": settings["accumulate"], "clip": settings["clip"], "first": 0, "last": settings["last"]}
+    train(single, single, unbroken, share=lambda tensor: tensor)
     if dist.get_rank() == 0:
         torch.save({"states": states, "single": whole_state(single, None)}, path)
     dist.barrier()

@@ -1,5 +1,6 @@
 """Checkpoints after interruptions."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -41,7 +42,7 @@ def test_kills_came_at_every_moment(runs):
     assert len(log) == KILLS
     resumed = [entry["from"] for entry in log]
     assert len(set(resumed)) >= KILLS // 2, "processes did not go on from one another"
-    partial = [entry["newest"] for entry, after in zip(log, log[1:]) if after["from"] != entry["newest"]]
+    partial = [entry["newest"] for entry, after in itertools.pairwise(log) if after["from"] != entry["newest"]]
     assert partial, "no kill came while a checkpoint was written"
 
 

@@ -18,10 +18,18 @@ SCRIPT = pathlib.Path(__file__).with_name("distributed_train.py")
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-def launch(engine, path, **settings):
+def launch(engine, path, processes=2, **settings):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        str(SCRIPT),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", CHECK_RANKS: "1"}
     process = subprocess.run(
         [*command, engine, str(path), json.dumps(settings)],
@@ -42,20 +50,44 @@ def change(state, layer):
     return 8 / B.shape[1] * B @ A + U @ V
 
 
+def assert_same_adapter(adapter, single):
+    assert adapter.keys() == single.keys()
+    progress = [tensor.tolist() for name, tensor in adapter.items() if "progress" in name]
+    assert progress == [[30, 10, 7]] * 2
+    for layer in "02":
+        expected = change(single, layer)
+        assert float((change(adapter, layer) - expected).norm()) < 1e-6 * float(expected.norm())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_hold_the_same_bits_and_the_weights_of_one_process(engine, tmp_path):
     """With gradient accumulation; 30 steps, a rescaling every third."""
     # DeepSpeed clips what is rescaled already: the norm, and so the factor, is another one.
     clip = 0.0 if engine.startswith("zero") else 0.5
     result = launch(engine, tmp_path / "result.pt", accumulate=2, clip=clip)
-    (first, second), single = result["states"], result["single"]
-    assert first.keys() == single.keys()
+    first, second = result["states"]
     assert all(torch.equal(first[name], second[name]) for name in first)
-    progress = [tensor.tolist() for name, tensor in first.items() if "progress" in name]
-    assert progress == [[30, 10, 7]] * 2
-    for layer in "02":
-        expected = change(single, layer)
-        assert float((change(first, layer) - expected).norm()) < 1e-6 * float(expected.norm())
+    assert_same_adapter(first, result["single"])
+
+
+# Where it stops: on a rescaling, and between two.
+@pytest.mark.parametrize(
+    "engine, before, after, stop",
+    [
+        ("ddp", 2, 1, 15),
+        ("ddp", 1, 2, 16),
+        ("fsdp2", 2, 1, 16),
+        ("fsdp2", 1, 2, 15),
+        ("zero2", 2, 2, 16),
+        ("zero3", 2, 2, 15),
+    ],
+)
+def test_resumed_on_another_number_of_ranks_it_equals_the_unbroken_run(engine, before, after, stop, tmp_path):
+    """ZeRO's own checkpoints are read by as many ranks as wrote them."""
+    saved = str(tmp_path / "checkpoint")
+    launch(engine, tmp_path / "first.pt", before, last=stop, save=saved)
+    result = launch(engine, tmp_path / "second.pt", after, first=stop, load=saved)
+    assert_same_adapter(result["states"][0], result["single"])
 
 
 def test_ranks_that_differ_are_found(monkeypatch):

@@ -126,7 +126,15 @@ class ScaLoRALayer:
 
     def _initial_column_norm2(self, adapter: str) -> Tensor:
         """Mean squared column norm of the factor that does not start at zero; nan until a loaded adapter has one."""
-        return _mean_squared_norm(self.factors(adapter)[1], dim=1)
+        return self._column_norm2(*self.factors(adapter))
+
+    @staticmethod
+    def _column_norm2(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        return _mean_squared_norm(lora_A, dim=1)
+
+    def take_initial_norm(self, adapter: str, lora_B: Tensor, lora_A: Tensor) -> None:
+        """Remember the norm of these whole factors as that of the initialised adapter."""
+        self.scalora_norms[adapter][0] = self._column_norm2(lora_B, lora_A)
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The parameters (lora_B, lora_A): paper A (out x r) and paper B transposed (r x in), before flattening."""
@@ -354,8 +362,9 @@ class _EmbeddingMixin(ScaLoRALayer):
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_B[adapter], self.lora_embedding_A[adapter]
 
-    def _initial_column_norm2(self, adapter: str) -> Tensor:
-        return _mean_squared_norm(self.factors(adapter)[0], dim=0)
+    @staticmethod
+    def _column_norm2(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        return _mean_squared_norm(lora_B, dim=0)
 
     def _accumulated_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
         # Not self._embed: with max_norm it would renormalise the accumulator in place.

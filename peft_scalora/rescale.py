@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -15,7 +16,7 @@ from .layer import LAYERS, ScaLoRALayer
 from .moments import OptimizerState, check_state, rule_for
 from .report import RescaleReport
 from .shape_group import ShapeGroup, Target, accumulate, solve
-from .sharding import assemble, check_ranks, has_gradients, is_sharded, is_zero, wire_deepspeed
+from .sharding import assemble, check_ranks, has_gradients, is_sharded, is_zero, whole_value, wire_deepspeed
 
 
 def _base_learning_rate(group: dict) -> float | Tensor:
@@ -130,6 +131,9 @@ def _due(targets: list[Target]) -> list[Target]:
     due = []
     for target in targets:
         progress = target.layer.progress(target.adapter)
+        # Engines send the factors of rank 0 to all ranks, which made adapters of their own, with their own norms.
+        if progress.steps == 0 and dist.is_available() and dist.is_initialized():
+            target.layer.take_initial_norm(target.adapter, whole_value(target.lora_B), whole_value(target.lora_A))
         progress.steps += 1
         if progress.steps % target.layer.scalora_config[target.adapter].scaling_interval == 0:
             due.append(target)

@@ -34,11 +34,20 @@ def has_gradients(*params: Tensor) -> bool:
     return all(is_zero(param) or param.grad is not None for param in params)
 
 
+def whole_value(param: Tensor) -> Tensor:
+    """The value of a parameter of which this process may hold a part."""
+    if is_zero(param):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(param).detach()
+    return param.detach().full_tensor() if is_sharded(param) else param.detach()
+
+
 class FullyShardedFactor:
     """A whole copy of a DTensor, its gradient and state."""
 
     def __init__(self, param: Tensor, optimizer: OptimizerState):
-        self.whole = nn.Parameter(param.detach().full_tensor())
+        self.whole = nn.Parameter(whole_value(param))
         self.whole.grad = param.grad.full_tensor()
         sharded = {name: optimizer.state[param][name] for name in optimizer.carried(param)}
         self.state = {name: state.full_tensor() for name, state in sharded.items()}
@@ -58,10 +67,10 @@ class ZeroFactor:
     """A whole float32 copy of a parameter that DeepSpeed holds, its gradient and state."""
 
     def __init__(self, param: Tensor, optimizer: OptimizerState):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 
         self.param = param
-        self.whole = nn.Parameter(safe_get_full_fp32_param(param).detach().clone())
+        self.whole = nn.Parameter(whole_value(param).clone())
         self.whole.grad = safe_get_full_grad(param).detach().to(self.whole.dtype, copy=True)
         self.state = {name: safe_get_full_optimizer_state(param, name).clone() for name in optimizer.rule}
 

@@ -21,9 +21,11 @@ from peft_scalora import ScaLoRAConfig
 STEPS, BATCH, RATE = 30, 8, 1e-2
 
 
-def make_model():
-    torch.manual_seed(0)
+def make_model(seed):
+    """Every rank makes an adapter of its own, as scripts without a seed do; the engine makes them equal."""
+    torch.manual_seed(7)
     base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    torch.manual_seed(seed)
     # r = 3 does not divide by two ranks.
     return get_peft_model(base, ScaLoRAConfig(target_modules=["0", "2"], r=3, scaling_interval=3, accumulator_rank=7))
 
@@ -120,7 +122,7 @@ def main():
         deepspeed.init_distributed("gloo")
     else:
         dist.init_process_group("gloo")
-    model, single = make_model(), make_model()
+    model, single = make_model(seed=dist.get_rank()), make_model(seed=0)
     if engine == "ddp":
         train(model, nn.parallel.DistributedDataParallel(model), settings)
     elif engine == "fsdp2":

@@ -11,6 +11,8 @@ from .version import __version__
 _LAZY = {
     "ExportReport": "export",
     "ScaLoRACallback": "callbacks",
+    "StabilityCallback": "stability.callbacks",
+    "StabilityConfig": "stability.callbacks",
     "effective_rank": "rank",
     "export_lora": "export",
 }

@@ -1,0 +1,198 @@
+"""When a training run is unstable: spikes, divergence and non-finite values in its loss.
+
+The Deep Learning Tuning Playbook calls a run unstable if its loss rises for periods, early (where warmup helps) or
+later (where gradient clipping helps). Here "rises" is measured against the run's own noise, so that no scale has to be set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from statistics import median
+
+LEVEL_WINDOW = 5  # losses whose median is the current level: a rise has to hold for three of them
+BEST_WINDOW = 20  # losses whose median counts as a level the run has reached
+NOISE_WINDOW = 50  # changes from loss to loss that the noise is measured on, and
+LEAST_CHANGES = 9  # how many there have to be
+NOISE_FACTOR = 6.0  # a rise is this many robust standard deviations, and
+PROGRESS_FACTOR = 0.1  # this share of what the loss has come down so far
+EARLY_SHARE = 0.1  # of the run: before this, warmup is the remedy
+_CHANGE_TO_SIGMA = 1.4826 / math.sqrt(2)  # median |difference of two| to the standard deviation of one, normal noise
+_LEAST_NOISE = 0.01  # relative to the best level
+
+
+@dataclass
+class Event:
+    """A period in which the loss was not what it should be.
+
+    Attributes:
+        kind: "spike" (it came back), "divergence" (it did not) or "non-finite".
+        start, end: first and last step of it.
+        height: largest loss in it over the best level before it; inf for "non-finite".
+    """
+
+    kind: str
+    start: int
+    end: int
+    height: float
+
+
+@dataclass
+class InstabilityReport:
+    """What was found in one run of `steps` steps."""
+
+    events: list[Event]
+    steps: int
+
+    @property
+    def unstable(self) -> bool:
+        return bool(self.events)
+
+    @property
+    def diverged(self) -> bool:
+        """The loss was not finite, or had not come back when the run ended."""
+        return any(event.kind != "spike" for event in self.events)
+
+    @property
+    def early(self) -> bool:
+        """The first event starts within the first tenth of the run."""
+        return self.unstable and self.events[0].start <= max(1, EARLY_SHARE * self.steps)
+
+    @property
+    def advice(self) -> str:
+        """What the playbook tries first."""
+        if not self.unstable:
+            return "The loss shows no instability."
+        if self.early:
+            remedy = "Unstable early in training: learning-rate warmup comes first, then gradient clipping."
+        else:
+            remedy = "Unstable in the middle of training: gradient clipping comes first."
+        return (
+            remedy + " If that is not enough: another optimizer, normalised residual branches, a lower learning rate."
+        )
+
+
+class LossMonitor:
+    """Finds instability while losses arrive, in constant time and memory for each.
+
+    The level of a run is the median of its last 5 losses, its best level the smallest median of 20 seen so far, and its
+    noise the median change from one loss to the next over the last 50. An event begins where the level exceeds the
+    best level by 6 standard deviations of the noise and by a tenth of the run's progress so far, and ends where half
+    of that is left. A loss that is not finite is an event of its own. The first 10 losses are judged together.
+    """
+
+    def __init__(self):
+        self.events: list[Event] = []
+        self._recent: deque[float] = deque(maxlen=BEST_WINDOW)
+        self._steps: deque[int] = deque(maxlen=BEST_WINDOW)
+        self._changes: deque[float] = deque(maxlen=NOISE_WINDOW)
+        self._first: float | None = None
+        self._best = math.inf
+        self._step = 0
+        self._threshold = math.inf
+        self._open: Event | None = None
+
+    def update(self, loss: float, step: int | None = None) -> Event | None:
+        """Take the loss of the next step; returns the event that begins with it, if one does."""
+        self._step = self._step + 1 if step is None else step
+        if not math.isfinite(loss):
+            return self._non_finite()
+        if self._open is not None and self._open.kind == "non-finite":
+            self._open = None
+        change = abs(loss - self._recent[-1]) if self._recent else None
+        self._recent.append(loss)
+        self._steps.append(self._step)
+        level = median(islice(self._recent, max(0, len(self._recent) - LEVEL_WINDOW), None))
+        if self._first is None:
+            self._first = self._best = level
+            return None
+        if self._open is not None:
+            self._continue(loss, level)
+            return None
+        if len(self._changes) >= LEAST_CHANGES and level - self._best > (rise := self._rise()):
+            return self._begin(self._best + rise / 2)
+        self._changes.append(change)
+        self._best = min(self._best, median(self._recent))
+        return None
+
+    def report(self) -> InstabilityReport:
+        """What was found so far; an event that is still open is a divergence."""
+        return InstabilityReport([Event(**vars(event)) for event in self.events], self._step)
+
+    def _rise(self) -> float:
+        noise = max(_CHANGE_TO_SIGMA * median(self._changes), _LEAST_NOISE * abs(self._best))
+        return max(NOISE_FACTOR * noise, PROGRESS_FACTOR * (self._first - self._best))
+
+    def _begin(self, threshold: float) -> Event:
+        above = sum(1 for _ in takewhile(lambda loss: loss > threshold, reversed(self._recent)))
+        self._threshold = threshold
+        start = self._steps[-max(1, above)]
+        self._open = Event("divergence", start, self._step, max(self._recent) - self._best)
+        self.events.append(self._open)
+        return self._open
+
+    def _continue(self, loss: float, level: float) -> None:
+        if level <= self._threshold:
+            self._open.kind, self._open = "spike", None
+            return
+        self._open.end = self._step
+        self._open.height = max(self._open.height, loss - self._best)
+
+    def _non_finite(self) -> Event | None:
+        if self._open is not None and self._open.kind == "non-finite":
+            self._open.end = self._step
+            return None
+        self._open = Event("non-finite", self._step, self._step, math.inf)
+        self.events.append(self._open)
+        return self._open
+
+
+def detect_instability(losses: Sequence[float] | str | os.PathLike) -> InstabilityReport:
+    """Spikes, divergence and non-finite values in the losses of a run.
+
+    Args:
+        losses: the training losses in order, best of every step; or a trainer_state.json, or a folder that holds one
+            (or checkpoints that do). Averages over `logging_steps` steps hide what is shorter than that.
+
+    Raises:
+        FileNotFoundError, ValueError: no losses there.
+    """
+    if isinstance(losses, (str, os.PathLike)):
+        steps, losses = read_losses(losses)
+    else:
+        steps = range(1, len(losses) + 1)
+    if not len(losses):
+        raise ValueError("losses is empty: give the training loss of at least one step.")
+    monitor = LossMonitor()
+    for step, loss in zip(steps, losses):
+        monitor.update(float(loss), step)
+    return monitor.report()
+
+
+def read_losses(path: str | os.PathLike) -> tuple[list[int], list[float]]:
+    """Steps and training losses out of a trainer_state.json, or of the newest one in a folder of checkpoints."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        path = _newest_state(path)
+    with open(path, encoding="utf-8") as file:
+        log = json.load(file).get("log_history", [])
+    points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    if not points:
+        raise ValueError(f"{path!r} holds no training loss: was logging_strategy='no'?")
+    steps, losses = zip(*points)
+    return list(steps), list(losses)
+
+
+def _newest_state(folder: str) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    for candidate in (folder, get_last_checkpoint(folder)):
+        path = candidate and os.path.join(candidate, "trainer_state.json")
+        if path and os.path.exists(path):
+            return path
+    raise FileNotFoundError(f"{folder!r} has no trainer_state.json, nor a checkpoint that has one.")

@@ -78,8 +78,8 @@ def _refuse(path: str, block: nn.Module):
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in block.named_children())
     raise ValueError(
         f"{path} ({type(block).__name__}) is not a block whose output is its input plus the outputs of direct "
-        f"children, nor one with modules that end in norm(x + child). Its children: {children}. Give each residual branch a "
-        "module of its own."
+        f"children, nor one with modules that end in norm(x + child). Its children: {children}. "
+        "Give each residual branch a module of its own."
     )
 
 
@@ -89,10 +89,11 @@ def _pre_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branch
         return []
     x = call.inputs[0]
     outputs = {name: calls[f"{path}.{name}"].output for name, _ in block.named_children() if f"{path}.{name}" in calls}
-    outputs = {name: output for name, output in outputs.items() if output.shape == x.shape}
+    # Some blocks flatten batch and sequence for their branch.
+    outputs = {name: output.reshape(x.shape) for name, output in outputs.items() if output.numel() == x.numel()}
     for count in range(1, MAX_BRANCHES + 1):
         for names in combinations(outputs, count):
-            if _equal(x + sum(outputs[name].float() for name in names), call.output):
+            if _equal(_sum(x, *(outputs[name] for name in names)), call.output):
                 norm = next((name for name, child in block.named_children() if is_norm(child)), None)
                 return [Branch(f"{path}.{name}", f"{path}.{norm}", False) for name in names] if norm else []
     return []
@@ -114,14 +115,17 @@ def _post_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branc
                 child
                 for child in reversed(children)
                 if child in calls
-                and any(_equal(x + calls[child].output.float(), added) for x in calls[name].inputs if _fits(x, added))
+                and calls[child].output.shape == added.shape
+                and any(
+                    _equal(_sum(x, calls[child].output), added) for x in calls[name].inputs if x.shape == added.shape
+                )
             ]
             branches += [Branch(end, norm_path, True) for end in ends[:1]]
     return branches
 
 
-def _fits(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape
+def _sum(*terms: Tensor) -> Tensor:
+    return torch.stack([term.double() for term in terms]).sum(0)
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
@@ -129,7 +133,7 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     if x.shape != y.shape:
         return False
     tolerance = 16 * torch.finfo(y.dtype).eps
-    return bool((x.float() - y.float()).norm() <= tolerance * y.float().norm())
+    return bool((x.double() - y.double()).norm() <= tolerance * y.double().norm())
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, _Call]:

@@ -1,7 +1,8 @@
 """When a training run is unstable: spikes, divergence and non-finite values in its loss.
 
 The Deep Learning Tuning Playbook calls a run unstable if its loss rises for periods, early (where warmup helps) or
-later (where gradient clipping helps). Here "rises" is measured against the run's own noise, so that no scale has to be set.
+later (where gradient clipping helps). Here "rises" is measured against the run's own noise, so that no scale has to
+be set.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NOISE_WINDOW = 50  # changes from loss to loss that the noise is measured on, an
 LEAST_CHANGES = 9  # how many there have to be
 NOISE_FACTOR = 6.0  # a rise is this many robust standard deviations, and
 PROGRESS_FACTOR = 0.1  # this share of what the loss has come down so far
-EARLY_SHARE = 0.1  # of the run: before this, warmup is the remedy
+EARLY_SHARE, EARLY_STEPS = 0.1, 10  # of the run, or steps if that is more: before this, warmup is the remedy
 _CHANGE_TO_SIGMA = 1.4826 / math.sqrt(2)  # median |difference of two| to the standard deviation of one, normal noise
 _LEAST_NOISE = 0.01  # relative to the best level
 
@@ -60,8 +61,8 @@ class InstabilityReport:
 
     @property
     def early(self) -> bool:
-        """The first event starts within the first tenth of the run."""
-        return self.unstable and self.events[0].start <= max(1, EARLY_SHARE * self.steps)
+        """The first event starts within the first tenth of the run, or its first ten steps."""
+        return self.unstable and self.events[0].start <= max(EARLY_STEPS, EARLY_SHARE * self.steps)
 
     @property
     def advice(self) -> str:

@@ -7,8 +7,8 @@ g is the gradient, η the learning rate. The playbook starts from v₀ = 0 unles
   applies η to the momentum buffer as a whole, so that a new η scales old contributions too.
 - adam: the playbook corrects the bias of the whole step, η sqrt(1-β₂ᵗ)/(1-β₁ᵗ) m/(sqrt(v) + ε); torch adds ε to
   the corrected root, which is the same with an ε of sqrt(1-β₂ᵗ) times as much.
-- nadam: the playbook has (β₁ m + (1-β₁) g), bias-corrected as Adam's; torch has Dozat's schedule of β₁, which grows from
-  β₁/2, with corrections of its own. The two differ mostly in the first few hundred steps.
+- nadam: the playbook has (β₁ m + (1-β₁) g), bias-corrected as Adam's; torch has Dozat's schedule of β₁, which grows
+  from β₁/2, with corrections of its own. The two differ mostly in the first few hundred steps.
 - adamw: not in the playbook; Adam with weight decay apart from the gradient.
 - muon: not in the playbook; torch.optim.Muon, for matrices only.
 """

@@ -132,7 +132,8 @@ def _plot_all_losses(axis, names: Sequence[str], losses: Sequence[Sequence[float
     first = [run[0] for run in shown if run]
     if first:
         low = min(min(run) for run in shown if run)
-        axis.set_ylim(low - 0.05 * (max(first) - low), 2 * max(first) - low)
+        height = max(max(first) - low, 0.1 * abs(low))
+        axis.set_ylim(low - 0.05 * height, max(first) + height)
 
 
 def _colours(count: int) -> list:

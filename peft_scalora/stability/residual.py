@@ -5,8 +5,8 @@ can grow exponentially with depth; in a Peri-LN block, f(X) = LN(g(LN(X))), at m
 tames the first and improves the second.
 
 The last module of each branch gets a child `residual_end`, which does what follows: normalise, scale. Names of all
-other parameters stay, so that adapters and sharding plans written for the model still fit. A model that was changed is saved
-under a model type of its own, so that nothing loads it as what it no longer is; `load_residual` loads it.
+other parameters stay, so that adapters and sharding plans written for the model still fit. A model that was changed is
+saved under a model type of its own, so that nothing loads it as what it no longer is; `load_residual` loads it.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -17,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 FINAL_SHARE = 0.1  # of the losses, whose mean is a run's score when there is no evaluation
 KINDS = ("sweep", "check", "warmup")
-HEARTBEAT, GRACE = 5, 20  # seconds: between signs of life, and without one until a run counts as dead
+HEARTBEAT, GRACE = 5, 30  # seconds: between signs of life, and without one until a run counts as dead
 _RATE_RANGE, _STEP_RANGE = (1e-15, 1e6), (0, 10**9)  # wide: optuna has to accept whatever is enqueued
 
 
@@ -135,8 +138,11 @@ class Study:
 
     def __init__(self, storage: str, name: str, settings: dict | None = None):
         self._optuna = require_optuna()
-        backend = self._optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-        self._study = self._optuna.create_study(storage=backend, study_name=name, load_if_exists=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            self._storage = self._optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+        self._study = self._optuna.create_study(storage=self._storage, study_name=name, load_if_exists=True)
+        settings = json.loads(json.dumps(settings))
         known = self._study.user_attrs.get("settings")
         if settings is not None and known not in (None, settings):
             changed = sorted(key for key in settings | known if settings.get(key) != known.get(key))
@@ -154,7 +160,8 @@ class Study:
 
     def run(self, points: Sequence[Point], train: Callable[[Point], Run], title: str) -> dict[Point, Run]:
         """Finish all points, here or in the other processes, with a progress bar; returns all finished runs."""
-        with tqdm(total=len(points), desc=title) as progress:
+        with tqdm(total=len(points), desc=title) as progress, warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)  # heartbeats are, by name
             while True:
                 results = self.results()
                 progress.update(sum(point in results for point in points) - progress.n)
@@ -165,7 +172,8 @@ class Study:
                 free = [point for point in missing if point not in running]
                 if not waiting and free:
                     # At random, or processes that start together would all begin with the same point.
-                    self._study.enqueue_trial(vars(random.SystemRandom().choice(free)))
+                    point = vars(random.SystemRandom().choice(free))
+                    self._study.enqueue_trial(point, user_attrs={"point": point})
                 if waiting or free:
                     self._run_one(train)
                 else:
@@ -173,21 +181,26 @@ class Study:
 
     def _unfinished(self) -> tuple[set[Point], set[Point]]:
         """Points that wait in the queue, and those that a living process is at."""
-        self._optuna.storages.fail_stale_trials(self._study)
         states = self._optuna.trial.TrialState
+        self._optuna.storages.fail_stale_trials(self._study)
+        long_ago = datetime.now() - timedelta(seconds=GRACE)
+        for trial in self._study.get_trials(False, (states.RUNNING,)):
+            if "alive" not in trial.user_attrs and trial.datetime_start < long_ago:  # killed as it began
+                self._study.tell(trial.number, state=states.FAIL, skip_if_finished=True)
         trials = [self._study.get_trials(False, (state,)) for state in (states.WAITING, states.RUNNING)]
-        return tuple({_point(t) for t in found if "fixed_params" in t.system_attrs} for found in trials)
+        return tuple({_point(t) for t in found if "point" in t.user_attrs} for found in trials)
 
     def _run_one(self, train: Callable[[Point], Run]) -> None:
         def objective(trial) -> float:
-            if "fixed_params" not in trial.system_attrs:  # another process took what was in the queue
+            if "point" not in trial.user_attrs:  # another process took what was in the queue
                 raise self._optuna.TrialPruned
-            point = Point(
-                trial.suggest_categorical("kind", KINDS),
-                trial.suggest_float("learning_rate", *_RATE_RANGE, log=True),
-                trial.suggest_int("warmup_steps", *_STEP_RANGE),
-            )
-            run = train(point)
+            trial.suggest_categorical("kind", KINDS)  # for optuna's own tables and dashboard
+            trial.suggest_float("learning_rate", *_RATE_RANGE, log=True)
+            trial.suggest_int("warmup_steps", *_STEP_RANGE)
+            # optuna counts only trials with a sign of life as dead, and gives the first one some time after the start.
+            self._storage.record_heartbeat(trial._trial_id)
+            trial.set_user_attr("alive", True)
+            run = train(_point(trial))
             trial.set_user_attr("losses", run.losses)
             return run.score
 
@@ -195,7 +208,7 @@ class Study:
 
 
 def _point(trial) -> Point:
-    return Point(**trial.system_attrs["fixed_params"])
+    return Point(**trial.user_attrs["point"])
 
 
 def sqlite_storage(folder: str | os.PathLike) -> str:

@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=0.04)
     arguments = parser.parse_args()
     os.makedirs(arguments.output, exist_ok=True)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_scalora.files import replace_file
+from peft_scalora.plots import finish_panel, panels, save_png
 from peft_scalora.stability import HiddenStateProbe, detect_instability, scale_residual, to_peri_ln
 
 NORMS, STEPS, DECAYS = ("none", "pre", "peri"), (1.0, 0.1), (0.0, 0.1)
@@ -152,6 +153,31 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def plot(runs: list[dict], path: str) -> None:
+    """Hidden states by depth at the end, and training loss: medians over seeds, without weight decay."""
+    figure, ((depth, loss),) = panels(2)
+    for number, (norm, step) in enumerate(itertools.product(NORMS[1:], STEPS)):
+        found = [r for r in runs if (r["norm"], r["step"], r["weight_decay"]) == (norm, step, 0.0)]
+        if not found:
+            continue
+        style = {"color": f"C{number}", "label": f"{NAMES[norm]}, Δt = {step:g}", "linewidth": 1.6}
+        by_depth = [statistics.median(values) for values in zip(*(r["mean_abs"] for r in found))]
+        depth.plot(range(len(by_depth)), by_depth, **style)
+        if norm == "peri":
+            bound = [statistics.median(values) for values in zip(*(r["bound"] for r in found))]
+            depth.plot(range(len(bound)), bound, "--", color=f"C{number}", linewidth=1.0, label="its bound")
+        curves = [statistics.median(values) for values in zip(*(r["losses"] for r in found))]
+        smooth = [statistics.median(curves[max(0, i - 9) : i + 1]) for i in range(len(curves))]
+        loss.plot(range(1, len(smooth) + 1), smooth, **style)
+    depth.set_yscale("log")
+    loss.set_ylim(top=3.2)
+    finish_panel(depth, "Hidden states after training", "block", "mean absolute activation")
+    finish_panel(loss, "Training loss", "optimizer step", "nats a byte, running median of 10")
+    for axis in (depth, loss):
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
+    save_png(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/stability")
@@ -167,6 +193,7 @@ def main() -> None:
     runs = run_all(arguments)
     text = table(runs)
     replace_file(os.path.join(arguments.output, "residual.md"), text + "\n")
+    plot(runs, os.path.join(arguments.output, "residual.png"))
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""StabilityCallback in two data-parallel processes: the norm of the global batch, as one process has it."""
+"""Gradient norms and clipping in two processes: those of the global batch, as one process has them."""
 
 import json
 import os
@@ -22,8 +22,24 @@ from peft_scalora import StabilityCallback, StabilityConfig
 callback = StabilityCallback(StabilityConfig(percentile=50, burn_in=2, plot=False))
 trainer = make_trainer(sys.argv[2], [callback], per_device_train_batch_size=2, **json.loads(sys.argv[3]))
 trainer.train()
-with open(f"{sys.argv[2]}/rank{trainer.args.process_index}.json", "w") as file:
-    json.dump(callback.monitor.state_dict(), file)
+rank = trainer.args.process_index
+
+import copy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from peft_scalora.stability import StabilityMonitor
+torch.manual_seed(0)
+whole = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
+sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
+x, figures = torch.randn(8, 6), {}
+for name, model, rows in (("whole", whole, x), ("sharded", sharded, x[4 * rank : 4 * rank + 4])):
+    monitor = StabilityMonitor(StabilityConfig(calibration=[0.01], plot=False))
+    model(rows).square().mean().backward()
+    figures[name] = [monitor.clip(model), monitor.clip(model), monitor.group_norms]
+
+with open(f"{sys.argv[2]}/rank{rank}.json", "w") as file:
+    json.dump(callback.monitor.state_dict() | {"fsdp": figures}, file)
 """
 
 
@@ -45,3 +61,9 @@ def test_two_ranks_record_and_clip_what_one_process_does(tmp_path):
     assert ranks[0]["thresholds"][2:] == pytest.approx(single["thresholds"][2:], rel=1e-4)
     for name, norms in single["group_norms"].items():
         assert ranks[0]["group_norms"][name] == pytest.approx(norms, rel=1e-3)
+    for figures in (rank["fsdp"] for rank in ranks):  # parameters sharded with FSDP 2
+        (norm, clipped, groups), (sharded_norm, sharded_clipped, sharded_groups) = figures.values()
+        assert sharded_norm == pytest.approx(norm, rel=1e-5)
+        assert sharded_clipped == pytest.approx(clipped, rel=1e-5) == pytest.approx(0.01, rel=1e-3)
+        assert sharded_groups.keys() == groups.keys()
+        assert sharded_groups["0"] == pytest.approx(groups["0"], rel=1e-5)

@@ -75,7 +75,7 @@ class PercentileThreshold:
 
     Args:
         q: the percentile; None keeps `initial` for good.
-        burn_in: how many finite norms have to be known.
+        burn_in: how many norms, of those that are finite and not 0, have to be known.
         initial: λ until then; None clips nothing.
         calibration: norms of another run, to take a constant λ from instead.
     """
@@ -99,8 +99,8 @@ class PercentileThreshold:
         return percentile(self._ordered, self.q) if self.adapted else self.initial
 
     def add(self, norm: float) -> None:
-        """Take the norm of one step; one that is not finite says nothing and is left out."""
-        if math.isfinite(norm):
+        """Take the norm of one step; what is no update, 0 or not finite, is left out."""
+        if math.isfinite(norm) and norm > 0:
             insort(self._ordered, norm)
 
 

@@ -1,8 +1,8 @@
 """A fine-tuning that comes apart, rescued step by step with the stability toolkit.
 
-MiniLM (or your model) learns to tell acceptable from unacceptable sentences, at a learning rate that is far too high.
-Each step adds one remedy: clip gradients, warm up, and in the end take the best learning rate of a sweep, which also
-says from where on training blows up. Table and pictures go to the output folder.
+An adapter on MiniLM (or your model) learns to tell acceptable from unacceptable sentences, at a learning rate that is
+far too high. Each step adds one remedy: clip gradients, warm up, and in the end take the best learning rate of a sweep,
+which also says from where on training blows up. Table and pictures go to the output folder.
 
     python examples/stability.py
     python examples/stability.py --model PATH_OR_ID
@@ -16,6 +16,7 @@ import os
 
 from acceptability import generate
 from datasets import Dataset
+from peft import get_peft_model
 from quickstart import PHENOMENA, fetch_minilm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_scalora import StabilityCallback, StabilityConfig
+from peft_scalora import ScaLoRAConfig, StabilityCallback, StabilityConfig
 from peft_scalora.files import replace_file
 from peft_scalora.stability import detect_instability, sweep_learning_rate
 
@@ -47,8 +48,10 @@ class FineTuning:
 
     def trainer(self, name: str, learning_rate: float, warmup_steps: int = 0, max_grad_norm: float = 0.0) -> Trainer:
         set_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=2)
+        config = ScaLoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")
         return Trainer(
-            model=AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=2),
+            model=get_peft_model(base, config),
             args=TrainingArguments(
                 output_dir=os.path.join(self.arguments.output, name),
                 learning_rate=learning_rate,
@@ -101,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="local folder or hub id; MiniLM from its wheel unless given")
     parser.add_argument("--output", default="runs/stability")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-2, help="the one that is too high")
     arguments = parser.parse_args()

@@ -151,3 +151,14 @@ def test_sources_without_losses_are_refused(tmp_path):
         detect_instability(tmp_path)
     with pytest.raises(ValueError, match="losses is empty"):
         detect_instability([])
+
+
+def test_an_early_spike_that_outweighs_the_noise_around_it():
+    """A fine-tuning at a learning rate that is too high: quiet while the head is zero, then up, then back."""
+    rng = np.random.default_rng(0)
+    loss = np.concatenate([np.full(4, 0.69), np.exp(rng.normal(1.5, 1.0, 12)), 0.65 + 0.1 * rng.standard_normal(40)])
+    report = detect_instability(loss)
+    assert [event.kind for event in report.events] == ["spike"]
+    assert report.early
+    quiet = np.concatenate([np.full(4, 0.69), 0.65 + 0.1 * rng.standard_normal(40)])
+    assert not detect_instability(quiet).unstable

@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import takewhile
 from statistics import median
 
 LEVEL_WINDOW = 5  # losses whose median is the current level: a rise has to hold for three of them
@@ -84,73 +84,102 @@ class LossMonitor:
     The level of a run is the median of its last 5 losses, its best level the smallest median of 20 seen so far, and its
     noise the median change from one loss to the next over the last 50. An event begins where the level exceeds the
     best level by 6 standard deviations of the noise and by a tenth of the run's progress so far, and ends where half
-    of that is left. A loss that is not finite is an event of its own. The first 10 losses are judged together.
+    of that is left. A loss that is not finite is an event of its own. The first 50 losses have one noise, and are
+    judged anew with each of them: noise may be small before a model has learned anything, or large as it blows up.
     """
 
     def __init__(self):
-        self.events: list[Event] = []
-        self._recent: deque[float] = deque(maxlen=BEST_WINDOW)
-        self._steps: deque[int] = deque(maxlen=BEST_WINDOW)
         self._changes: deque[float] = deque(maxlen=NOISE_WINDOW)
-        self._first: float | None = None
-        self._best = math.inf
+        self._start: list[tuple[int, float]] = []
+        self._last: float | None = None
         self._step = 0
-        self._threshold = math.inf
-        self._open: Event | None = None
+        self._track = _Track(self._changes)
+
+    @property
+    def events(self) -> list[Event]:
+        """What was found so far; an event that is still open is a divergence."""
+        return self._track.events
 
     def update(self, loss: float, step: int | None = None) -> Event | None:
         """Take the loss of the next step; returns the event that begins with it, if one does."""
         self._step = self._step + 1 if step is None else step
-        if not math.isfinite(loss):
-            return self._non_finite()
-        if self._open is not None and self._open.kind == "non-finite":
-            self._open = None
-        change = abs(loss - self._recent[-1]) if self._recent else None
-        self._recent.append(loss)
-        self._steps.append(self._step)
-        level = median(islice(self._recent, max(0, len(self._recent) - LEVEL_WINDOW), None))
-        if self._first is None:
-            self._first = self._best = level
-            return None
-        if self._open is not None:
-            self._continue(loss, level)
-            return None
-        if len(self._changes) >= LEAST_CHANGES and level - self._best > (rise := self._rise()):
-            return self._begin(self._best + rise / 2)
-        self._changes.append(change)
-        self._best = min(self._best, median(self._recent))
-        return None
+        known = len(self.events)
+        change = abs(loss - self._last) if self._last is not None and math.isfinite(loss) else None
+        self._last = loss if math.isfinite(loss) else self._last
+        if len(self._start) <= NOISE_WINDOW:
+            self._start.append((self._step, loss))
+            if change is not None:
+                self._changes.append(change)
+            self._track = _Track(self._changes)
+            for point in self._start:
+                self._track.add(*point)
+        else:
+            inside = self._track.add(self._step, loss)
+            if change is not None and not inside:
+                self._changes.append(change)
+        return self.events[-1] if len(self.events) > known else None
 
     def report(self) -> InstabilityReport:
-        """What was found so far; an event that is still open is a divergence."""
+        """What was found so far."""
         return InstabilityReport([Event(**vars(event)) for event in self.events], self._step)
+
+
+class _Track:
+    """Level, best level and events of a run, measured against given changes from loss to loss."""
+
+    def __init__(self, changes: deque[float]):
+        self.events: list[Event] = []
+        self._changes = changes
+        self._recent: deque[tuple[int, float]] = deque(maxlen=BEST_WINDOW)
+        self._first: float | None = None
+        self._best = self._threshold = math.inf
+        self._open: Event | None = None
+
+    def add(self, step: int, loss: float) -> bool:
+        """Take one loss; whether it is part of an event."""
+        if not math.isfinite(loss):
+            return self._add_non_finite(step)
+        if self._open is not None and self._open.kind == "non-finite":
+            self._open = None
+        self._recent.append((step, loss))
+        losses = [x for _, x in self._recent]
+        level = median(losses[-LEVEL_WINDOW:])
+        if self._first is None:
+            self._first = self._best = level
+        if self._open is not None:
+            return self._continue(step, loss, level)
+        known = len(losses) >= LEVEL_WINDOW and len(self._changes) >= LEAST_CHANGES
+        if known and level - self._best > (rise := self._rise()):
+            return self._begin(self._best + rise / 2)
+        self._best = min(self._best, median(losses))
+        return False
 
     def _rise(self) -> float:
         noise = max(_CHANGE_TO_SIGMA * median(self._changes), _LEAST_NOISE * abs(self._best))
         return max(NOISE_FACTOR * noise, PROGRESS_FACTOR * (self._first - self._best))
 
-    def _begin(self, threshold: float) -> Event:
-        above = sum(1 for _ in takewhile(lambda loss: loss > threshold, reversed(self._recent)))
+    def _begin(self, threshold: float) -> bool:
+        above = list(takewhile(lambda point: point[1] > threshold, reversed(self._recent))) or [self._recent[-1]]
         self._threshold = threshold
-        start = self._steps[-max(1, above)]
-        self._open = Event("divergence", start, self._step, max(self._recent) - self._best)
+        height = max(loss for _, loss in self._recent) - self._best
+        self._open = Event("divergence", above[-1][0], above[0][0], height)
         self.events.append(self._open)
-        return self._open
+        return True
 
-    def _continue(self, loss: float, level: float) -> None:
+    def _continue(self, step: int, loss: float, level: float) -> bool:
         if level <= self._threshold:
             self._open.kind, self._open = "spike", None
-            return
-        self._open.end = self._step
+            return False
+        self._open.end = step
         self._open.height = max(self._open.height, loss - self._best)
+        return True
 
-    def _non_finite(self) -> Event | None:
-        if self._open is not None and self._open.kind == "non-finite":
-            self._open.end = self._step
-            return None
-        self._open = Event("non-finite", self._step, self._step, math.inf)
-        self.events.append(self._open)
-        return self._open
+    def _add_non_finite(self, step: int) -> bool:
+        if self._open is None or self._open.kind != "non-finite":
+            self._open = Event("non-finite", step, step, math.inf)
+            self.events.append(self._open)
+        self._open.end = step
+        return True
 
 
 def detect_instability(losses: Sequence[float] | str | os.PathLike) -> InstabilityReport:

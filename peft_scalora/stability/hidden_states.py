@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import block_lists
-from .residual import residual_ends
+from .residual import ResidualEnd, residual_ends
 
 
 @dataclass
@@ -81,7 +81,7 @@ class HiddenStateProbe:
         Raises:
             ValueError: the model's residual branches were not changed by `to_peri_ln`.
         """
-        ends = [end for path, end in residual_ends(self.model).items() if path.startswith(f"{self.stack}.")]
+        ends = self._ends()
         if not ends or any(end.norm is None for end in ends):
             raise ValueError("the bound is one of Peri-LN models: call to_peri_ln(model) first.")
         gains, biases = zip(*(_largest(end.norm) for end in ends))
@@ -90,12 +90,21 @@ class HiddenStateProbe:
         return peri_ln_bound(profile.rms[0], len(self._blocks), max(gains), max(biases), step)
 
     def plot(self, path: str) -> None:
-        """Write a PNG: activation, variance and gradient norm by depth, first, middle and last profile."""
+        """Write a PNG: activation, variance and gradient norm by depth, first, middle and last profile.
+
+        Raises:
+            ImportError: names the extra. ValueError: nothing was recorded.
+        """
         from .plots import plot_depth
 
-        has_bound = self.profiles and all(end.norm is not None for end in residual_ends(self.model).values())
-        has_bound = has_bound and bool(residual_ends(self.model))
-        plot_depth(path, self.profiles, self.bound(self.profiles[-1]) if has_bound else None)
+        if not self.profiles:
+            raise ValueError("nothing was recorded: no training pass ran within the probe.")
+        ends = self._ends()
+        peri_ln = bool(ends) and all(end.norm is not None for end in ends)
+        plot_depth(path, self.profiles, self.bound(self.profiles[-1]) if peri_ln else None)
+
+    def _ends(self) -> list[ResidualEnd]:
+        return [end for path, end in residual_ends(self.model).items() if path.startswith(f"{self.stack}.")]
 
     def _start(self, model, args) -> None:
         if model.training and torch.is_grad_enabled():

@@ -80,7 +80,7 @@ def plot_depth(path: str | os.PathLike, profiles: Sequence, bound: Sequence[floa
 
 def plot_sweep(path: str | os.PathLike, sweep) -> None:
     """Score against learning rate, losses of all runs, and the check, of a `SweepResult`."""
-    figure, ((score, losses, check),) = panels(3)
+    figure, ((score, losses, *check),) = panels(3 if sweep.check_losses else 2)
     points = list(zip(sweep.learning_rates, sweep.scores, sweep.unstable))
     finite = [(rate, value) for rate, value, _ in points if math.isfinite(value)]
     score.plot(*zip(*finite), color="tab:blue", marker=".", label="loss at the end")
@@ -94,19 +94,22 @@ def plot_sweep(path: str | os.PathLike, sweep) -> None:
     score.axvline(sweep.best_learning_rate, color="tab:green", linewidth=1.2, label="best")
     score.set_xscale("log")
     finish_panel(score, "Learning rates", "learning rate", "loss at the end")
-    _plot_all_losses(losses, [f"{rate:.2g}" for rate in sweep.learning_rates], sweep.losses)
-    finish_panel(losses, "Training loss of each run", "optimizer step", "loss, running median of 5")
-    _plot_check(check, sweep)
+    _plot_all_losses(losses, [None] * len(points), sweep.losses)
+    finish_panel(losses, "Training loss of each run", "optimizer step", "loss, running median of 5", legend=False)
+    _colour_bar(figure, losses, sweep.learning_rates)
+    for axis in check:
+        axis.plot(range(1, len(sweep.check_losses) + 1), sweep.check_losses, color="tab:blue", linewidth=1.2)
+        verdict = "unstable" if sweep.check.unstable else "stable"
+        finish_panel(axis, f"At twice the best: {verdict}", "optimizer step", "loss at every step", legend=False)
     save_png(figure, path)
 
 
-def _plot_check(axis, sweep) -> None:
-    if not sweep.check_losses:
-        axis.set_visible(False)
-        return
-    axis.plot(range(1, len(sweep.check_losses) + 1), sweep.check_losses, color="tab:blue", linewidth=1.2)
-    verdict = "unstable" if sweep.check.unstable else "stable"
-    finish_panel(axis, f"At twice the best: {verdict}", "optimizer step", "loss at every step", legend=False)
+def _colour_bar(figure, axis, rates: Sequence[float]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    colours = ScalarMappable(LogNorm(rates[0], rates[-1]), "viridis")
+    figure.colorbar(colours, ax=axis, label="learning rate")
 
 
 def plot_warmup(path: str | os.PathLike, warmup) -> None:
@@ -122,7 +125,7 @@ def plot_warmup(path: str | os.PathLike, warmup) -> None:
     save_png(figure, path)
 
 
-def _plot_all_losses(axis, names: Sequence[str], losses: Sequence[Sequence[float]]) -> None:
+def _plot_all_losses(axis, names: Sequence[str | None], losses: Sequence[Sequence[float]]) -> None:
     """One line for each run, coloured from low to high, on an axis that runs which blow up do not stretch."""
     colours = _colours(len(names))
     shown = [[x for x in run if math.isfinite(x)] for run in losses]

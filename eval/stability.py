@@ -171,7 +171,7 @@ def plot(runs: list[dict], path: str) -> None:
     depth.set_yscale("log")
     loss.set_ylim(top=3.2)
     finish_panel(depth, "Hidden states after training", "block", "mean absolute activation")
-    finish_panel(loss, "Training loss", "optimizer step", "nats a byte, running median of 10")
+    finish_panel(loss, "Training loss, running median of 10", "optimizer step", "nats a byte")
     for axis in (depth, loss):
         axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
     save_png(figure, path)

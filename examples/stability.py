@@ -1,8 +1,9 @@
 """A fine-tuning that comes apart, rescued step by step with the stability toolkit.
 
 An adapter on MiniLM (or your model) learns to tell acceptable from unacceptable sentences, at a learning rate that is
-far too high. Each step adds one remedy: clip gradients, warm up, and in the end take the best learning rate of a sweep,
-which also says from where on training blows up. Table and pictures go to the output folder.
+far too high. A sweep finds the best rate, and from where on training blows up; then the first rate is tried again with
+one remedy more each time: gradients clipped at the 90th percentile of the healthy run's norms, and warmup. Table and
+pictures go to the output folder.
 
     python examples/stability.py
     python examples/stability.py --model PATH_OR_ID
@@ -71,10 +72,11 @@ class FineTuning:
             data_collator=DataCollatorWithPadding(self.tokenizer),
         )
 
-    def run(self, name: str, title: str, percentile: float | None = None, **settings) -> dict:
-        """Train with a StabilityCallback, and return the row of the table. Without a percentile nothing is clipped."""
+    def run(self, name: str, title: str, calibration: str | None = None, **settings) -> dict:
+        """Train with a StabilityCallback, and return the row of the table. Without a calibration nothing is clipped."""
         trainer = self.trainer(name, **settings)
-        callback = StabilityCallback(StabilityConfig(percentile=percentile, burn_in=10))
+        config = StabilityConfig(percentile=90 if calibration else None, calibration=calibration)
+        callback = StabilityCallback(config)
         trainer.add_callback(callback)
         trainer.train()
         monitor = callback.monitor
@@ -106,14 +108,12 @@ def main() -> None:
     parser.add_argument("--output", default="runs/stability")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-2, help="the one that is too high")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="the one that is too high")
     arguments = parser.parse_args()
     tuning = FineTuning(arguments, arguments.model or fetch_minilm(".cache"))
     rate, warmup = arguments.learning_rate, arguments.steps // 4
 
     rows = [tuning.run("unstable", "as it was", learning_rate=rate)]
-    rows.append(tuning.run("clipped", "gradients clipped", 90.0, learning_rate=rate))
-    rows.append(tuning.run("warmup", "and warmup", 90.0, learning_rate=rate, warmup_steps=warmup))
     sweep = sweep_learning_rate(
         lambda learning_rate: tuning.trainer("sweep", learning_rate),
         low=1e-5,
@@ -123,8 +123,10 @@ def main() -> None:
         check_steps=0,
         settings={"model": tuning.model, "steps": arguments.steps, "batch_size": arguments.batch_size},
     )
-    best = sweep.best_learning_rate
-    rows.append(tuning.run("best", "at the sweep's best", 90.0, learning_rate=best, warmup_steps=warmup))
+    rows.append(tuning.run("best", "the sweep's best rate", learning_rate=sweep.best_learning_rate))
+    norms = os.path.join(arguments.output, "best", "stability.json")  # healthy ones, to clip at the 90th percentile of
+    rows.append(tuning.run("clipped", "the first rate, clipped", norms, learning_rate=rate))
+    rows.append(tuning.run("warmup", "and warmed up", norms, learning_rate=rate, warmup_steps=warmup))
     table = format_table(rows)
     replace_file(os.path.join(arguments.output, "table.md"), table + "\n")
     replace_file(os.path.join(arguments.output, "table.json"), json.dumps(rows, indent=1))

@@ -38,7 +38,7 @@ def _plot_histogram(axis, monitor) -> None:
     norms = [norm for norm in monitor.norms if math.isfinite(norm) and norm > 0]
     if norms:
         low, high = math.log10(min(norms)), math.log10(max(norms))
-        count = 40
+        count = 20
         edges = [10 ** (low + (high - low + 1e-9) * i / count) for i in range(count + 1)]
         axis.hist(norms, bins=edges, color="tab:blue")
         axis.set_xscale("log")

@@ -162,3 +162,14 @@ def test_an_early_spike_that_outweighs_the_noise_around_it():
     assert report.early
     quiet = np.concatenate([np.full(4, 0.69), 0.65 + 0.1 * rng.standard_normal(40)])
     assert not detect_instability(quiet).unstable
+
+
+def test_a_run_that_stays_above_its_start_is_unstable_however_noisy():
+    """Recorded: ScaLoRA on MiniLM at a learning rate of 0.1."""
+    loss = (
+        "0.7 0.69 0.73 0.68 1.36 0.76 14.12 2.71 4.44 7.26 1.05 13.75 13.0 9.9 1.79 4.28 7.96 3.13 4.25 4.03 1.17 6.85"
+    )
+    loss += " 7.64 5.39 1.09 6.43 7.41 5.35 6.52 3.16 1.13 5.43 4.41 1.22 2.32 0.98 2.1 3.17 3.38 3.57"
+    report = detect_instability([float(x) for x in loss.split()])
+    assert report.early
+    assert report.events[0].start <= 12

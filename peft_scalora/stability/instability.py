@@ -21,7 +21,8 @@ BEST_WINDOW = 20  # losses whose median counts as a level the run has reached
 NOISE_WINDOW = 50  # changes from loss to loss that the noise is measured on, and
 LEAST_CHANGES = 9  # how many there have to be
 NOISE_FACTOR = 6.0  # a rise is this many robust standard deviations, and
-PROGRESS_FACTOR = 0.1  # this share of what the loss has come down so far
+PROGRESS_FACTOR = 0.1  # this share of what the loss has come down so far, or
+START_FACTOR = 2.0  # this many times the largest of the first losses, however noisy the run has become
 EARLY_SHARE, EARLY_STEPS = 0.1, 10  # of the run, or steps if that is more: before this, warmup is the remedy
 _CHANGE_TO_SIGMA = 1.4826 / math.sqrt(2)  # median |difference of two| to the standard deviation of one, normal noise
 _LEAST_NOISE = 0.01  # relative to the best level
@@ -83,9 +84,10 @@ class LossMonitor:
 
     The level of a run is the median of its last 5 losses, its best level the smallest median of 20 seen so far, and its
     noise the median change from one loss to the next over the last 50. An event begins where the level exceeds the
-    best level by 6 standard deviations of the noise and by a tenth of the run's progress so far, and ends where half
-    of that is left. A loss that is not finite is an event of its own. The first 50 losses have one noise, and are
-    judged anew with each of them: noise may be small before a model has learned anything, or large as it blows up.
+    best level by 6 standard deviations of the noise and by a tenth of the run's progress so far, or by twice the
+    largest of the first 5 losses, and ends where half of that is left. A loss that is not finite is an event of its
+    own. The first 50 losses have one noise, and are judged anew with each of them: noise may be small before a model
+    has learned anything, or large as it blows up.
     """
 
     def __init__(self):
@@ -132,6 +134,7 @@ class _Track:
         self._changes = changes
         self._recent: deque[tuple[int, float]] = deque(maxlen=BEST_WINDOW)
         self._first: float | None = None
+        self._begun: list[float] = []  # the first losses
         self._best = self._threshold = math.inf
         self._open: Event | None = None
 
@@ -143,6 +146,8 @@ class _Track:
             self._open = None
         self._recent.append((step, loss))
         losses = [x for _, x in self._recent]
+        if len(self._begun) < LEVEL_WINDOW:
+            self._begun.append(abs(loss))
         level = median(losses[-LEVEL_WINDOW:])
         if self._first is None:
             self._first = self._best = level
@@ -156,7 +161,8 @@ class _Track:
 
     def _rise(self) -> float:
         noise = max(_CHANGE_TO_SIGMA * median(self._changes), _LEAST_NOISE * abs(self._best))
-        return max(NOISE_FACTOR * noise, PROGRESS_FACTOR * (self._first - self._best))
+        rise = max(NOISE_FACTOR * noise, PROGRESS_FACTOR * (self._first - self._best))
+        return min(rise, START_FACTOR * max(self._begun)) if any(self._begun) else rise
 
     def _begin(self, threshold: float) -> bool:
         above = list(takewhile(lambda point: point[1] > threshold, reversed(self._recent))) or [self._recent[-1]]

@@ -64,7 +64,7 @@ def plot_depth(path: str | os.PathLike, profiles: Sequence, bound: Sequence[floa
     chosen = list({0: 0, len(profiles) // 2: 0, len(profiles) - 1: 0})
     titles = {
         "mean_abs": ("Hidden states", "mean absolute activation"),
-        "variance": ("Variance", "over the features, mean over tokens"),
+        "variance": ("Variance", "variance over the features"),
         "gradient_norm": ("Gradient by hidden state", "L2 norm"),
     }
     for axis, (name, (title, label)) in zip(axes[0], titles.items()):
@@ -74,6 +74,7 @@ def plot_depth(path: str | os.PathLike, profiles: Sequence, bound: Sequence[floa
         if name == "mean_abs" and bound is not None:
             axis.plot(range(len(bound)), bound, "--", color="black", linewidth=1.2, label="Peri-LN bound")
         axis.set_yscale("log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         finish_panel(axis, title, "block", label)
     save_png(figure, path)
 

@@ -12,6 +12,8 @@ _LAZY = {
     "ExportReport": "export",
     "MergeReport": "merged",
     "ScaLoRACallback": "callbacks",
+    "StabilityCallback": "stability.callbacks",
+    "StabilityConfig": "stability.callbacks",
     "effective_rank": "rank",
     "export_lora": "export",
     "export_merged": "merged",

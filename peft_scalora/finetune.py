@@ -178,6 +178,16 @@ def finetune(settings: FinetuneSettings) -> dict:
     return metrics
 
 
+def make_trainer(settings: FinetuneSettings) -> Trainer:
+    """The Trainer of a run with fresh weights, for searches: it logs nothing of its own and does not stop by itself."""
+    set_seed(settings.seed)
+    (train_rows, eval_rows, _), tokenizer, model = _prepare(settings)
+    trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
+    trainer.remove_callback(_StopOnNonFiniteLoss)
+    trainer.remove_callback(ScaLoRACallback)
+    return trainer
+
+
 def _finished_metrics(path: str, settings: FinetuneSettings) -> dict | None:
     if not os.path.exists(path):
         return None

@@ -26,20 +26,33 @@ def require_matplotlib():
     return pyplot
 
 
-def plot_lines(path: str | os.PathLike, panels: Sequence[tuple[str, str, Series]]) -> None:
-    """Write a PNG with one panel for each (title, y label, series), all over the optimizer step."""
-    pyplot = require_matplotlib()
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
-    for axis, (title, label, series) in zip(axes[0], panels):
-        for name, (x, y) in series.items():
-            axis.plot(x, y, label=name, linewidth=1.6, marker="o" if len(x) < 3 else None)
-        axis.set(title=title, xlabel="optimizer step", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncol": 4}  # never over a curve
-            axis.legend(frameon=False, **below)
+def panels(count: int):
+    """A figure with `count` panels side by side."""
+    return require_matplotlib().subplots(1, count, figsize=(5.2 * count, 3.6), squeeze=False)
+
+
+def finish_panel(axis, title: str, x_label: str, y_label: str, legend: bool = True) -> None:
+    """Title, labels, grid, and the legend below the panel, never over a curve."""
+    axis.set(title=title, xlabel=x_label, ylabel=y_label)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=4)
+
+
+def save_png(figure, path: str | os.PathLike) -> None:
+    """Write the figure atomically, and close it."""
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    pyplot.close(figure)
+    require_matplotlib().close(figure)
+
+
+def plot_lines(path: str | os.PathLike, lines: Sequence[tuple[str, str, Series]]) -> None:
+    """Write a PNG with one panel for each (title, y label, series), all over the optimizer step."""
+    figure, axes = panels(len(lines))
+    for axis, (title, label, series) in zip(axes[0], lines):
+        for name, (x, y) in series.items():
+            axis.plot(x, y, label=name, linewidth=1.6, marker="o" if len(x) < 3 else None)
+        finish_panel(axis, title, "optimizer step", label, legend=len(series) > 1)
+    save_png(figure, path)

@@ -1,6 +1,6 @@
 """ScaLoRA on many GPUs: the script that trains plain LoRA, with another configuration class. See README.md for launching.
 
-    accelerate launch --config_file examples/multi_gpu/fsdp2.yaml examples/multi_gpu/train.py --data train.jsonl
+accelerate launch --config_file examples/multi_gpu/fsdp2.yaml examples/multi_gpu/train.py --data train.jsonl
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+"""Norms of unclipped gradients, overall and by layer group, and clipping at a percentile of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import insort
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+CLIPPED_TOO_OFTEN = 0.5  # share of the updates above which the playbook lowers the learning rate instead
+_JUDGED_AFTER = 20  # updates: before that a share says little
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+
+
+def layer_group(name: str) -> str:
+    """The layer a parameter belongs to: its path up to the first number ("transformer.h.3"), else its module's path."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "", 1) if name.startswith(wrapper) else name
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: position + 1])
+    return ".".join(parts[:-1]) or name
+
+
+def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[float, dict[str, float]]:
+    """L2 norm of all gradients, and of those of each layer group, in float32 whatever the gradients' dtype.
+
+    Parameters without a gradient are left out. Sharded gradients (FSDP2) are reduced over all ranks. One transfer from
+    the device, however many groups there are.
+
+    Returns:
+        the norm, and the norm of each group that has a gradient; both empty (nan) without any gradient.
+    """
+    names, norms = [], []
+    for name, parameter in parameters:
+        if parameter.grad is not None:
+            norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            names.append(layer_group(name))
+    if not norms:
+        return math.nan, {}
+    device = norms[0].device
+    squares = torch.stack([norm.to(device) for norm in norms]).double().square()
+    groups = list(dict.fromkeys(names))
+    index = torch.tensor([groups.index(name) for name in names], device=device)
+    by_group = torch.zeros(len(groups), dtype=torch.float64, device=device).index_add(0, index, squares)
+    total, *each = torch.cat([by_group.sum()[None], by_group]).sqrt().tolist()
+    return total, dict(zip(groups, each))
+
+
+def clip(parameters: Iterable[nn.Parameter], norm: float, threshold: float) -> bool:
+    """g ← λ g / |g| in place if |g| > λ (for the threshold λ); whether it was. A norm that is not finite is left."""
+    if not (math.isfinite(norm) and norm > threshold):
+        return False
+    torch.nn.utils.clip_grads_with_norm_(parameters, threshold, torch.tensor(norm))
+    return True
+
+
+def percentile(ordered: Sequence[float], q: float) -> float:
+    """The q-th percentile of ascending numbers, with linear interpolation as in numpy.percentile."""
+    position = q / 100 * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+class PercentileThreshold:
+    """The clipping threshold λ: a percentile of the unclipped norms of earlier steps, once there are `burn_in` of them.
+
+    Args:
+        q: the percentile; None keeps `initial` for good.
+        burn_in: how many norms, of those that are finite and not 0, have to be known.
+        initial: λ until then; None clips nothing.
+        calibration: norms of another run, to take a constant λ from instead.
+    """
+
+    def __init__(
+        self, q: float | None, burn_in: int, initial: float | None = None, calibration: Sequence[float] | None = None
+    ):
+        self.q, self.burn_in, self.initial = q, burn_in, initial
+        self._constant = None if calibration is None else percentile(_finite(calibration), q)
+        self._ordered: list[float] = []
+
+    @property
+    def adapted(self) -> bool:
+        """λ is a percentile, not the initial one."""
+        return self._constant is not None or (self.q is not None and len(self._ordered) >= self.burn_in)
+
+    def value(self) -> float | None:
+        """λ for the next step."""
+        if self._constant is not None:
+            return self._constant
+        return percentile(self._ordered, self.q) if self.adapted else self.initial
+
+    def add(self, norm: float) -> None:
+        """Take the norm of one step; what is no update, 0 or not finite, is left out."""
+        if math.isfinite(norm) and norm > 0:
+            insort(self._ordered, norm)
+
+
+def _finite(norms: Sequence[float]) -> list[float]:
+    finite = sorted(norm for norm in norms if math.isfinite(norm))
+    if not finite:
+        raise ValueError("calibration holds no finite gradient norm.")
+    return finite
+
+
+def read_norms(source: str | os.PathLike) -> list[float]:
+    """The gradient norms in a stability.json.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    with open(source, encoding="utf-8") as file:
+        saved = json.load(file)
+    if "norms" not in saved:
+        raise ValueError(f"calibration={os.fspath(source)!r} holds no norms: give a stability.json of another run.")
+    return saved["norms"]
+
+
+def clipping_advice(clipped: Sequence[bool]) -> str | None:
+    """The playbook's: if more than half of the updates are clipped, lower the learning rate instead."""
+    if len(clipped) < _JUDGED_AFTER or sum(clipped) <= CLIPPED_TOO_OFTEN * len(clipped):
+        return None
+    return f"{sum(clipped)} of {len(clipped)} updates were clipped, more than half: lower the learning rate instead."

@@ -1,0 +1,176 @@
+"""StabilityCallback under an unmodified Trainer: what it records, that it clips once, and that it resumes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers_stability import GradientRecorder, make_trainer
+from peft import get_peft_model
+from transformers import TrainerCallback
+
+from peft_scalora import ScaLoRAConfig, StabilityCallback, StabilityConfig
+
+FIXED = 0.5  # below most norms of the tiny model
+
+
+def fixed(threshold=FIXED):
+    return StabilityCallback(StabilityConfig(calibration=[threshold], plot=False))
+
+
+def adapter(model):
+    config = ScaLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling_interval=3)
+    return get_peft_model(model, config)
+
+
+def same_weights(left, right, **tolerance):
+    for (name, a), b in zip(left.model.state_dict().items(), right.model.state_dict().values()):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"bf16": True}], ids=str)
+def test_a_fixed_threshold_trains_as_trainers_own_clipping(tmp_path, options):
+    """Under plain, accumulated and mixed-precision training: clipped once, at the same place."""
+    theirs = make_trainer(tmp_path / "theirs", max_grad_norm=FIXED, max_steps=8, **options)
+    theirs.train()
+    callback = fixed()
+    ours = make_trainer(tmp_path / "ours", [callback], max_steps=8, **options)
+    ours.train()
+    same_weights(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert callback.monitor.norms == pytest.approx([e["grad_norm"] for e in theirs.state.log_history if "loss" in e])
+    assert all(callback.monitor.clipped)
+
+
+def test_scalora_sees_the_clipped_gradients(tmp_path):
+    from helpers_runs import language_model
+
+    runs = []
+    for name, callbacks, options in (("theirs", [], {"max_grad_norm": FIXED}), ("ours", [fixed()], {})):
+        trainer = make_trainer(tmp_path / name, callbacks, adapter(language_model()), max_steps=10, **options)
+        trainer.train()
+        runs.append(trainer)
+    same_weights(*runs, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_unclipped_and_what_the_optimizer_gets_is_clipped(tmp_path):
+    before, after = GradientRecorder(), GradientRecorder()
+    callback = fixed()
+    make_trainer(tmp_path, [before, callback, after], max_steps=6).train()
+    for step in range(6):
+        total = np.sqrt(sum(float(g.double().square().sum()) for g in before.steps[step].values()))
+        clipped = np.sqrt(sum(float(g.double().square().sum()) for g in after.steps[step].values()))
+        assert callback.monitor.norms[step] == pytest.approx(total, rel=1e-6)
+        assert clipped == pytest.approx(min(total, FIXED), rel=1e-4)
+        layer = sum(float(g.double().square().sum()) for n, g in before.steps[step].items() if "layers.1." in n)
+        assert callback.monitor.group_norms["model.layers.1"][step] == pytest.approx(np.sqrt(layer), rel=1e-6)
+
+
+def test_max_grad_norm_is_the_threshold_of_the_burn_in_and_comes_back(tmp_path):
+    callback = StabilityCallback(StabilityConfig(percentile=75, burn_in=5, plot=False))
+    trainer = make_trainer(tmp_path, [callback], max_steps=12, max_grad_norm=0.7)
+    trainer.train()
+    norms = callback.monitor.norms
+    expected = [0.7] * 5 + [np.percentile(norms[:i], 75) for i in range(5, 12)]
+    assert callback.monitor.thresholds == pytest.approx(expected)
+    assert trainer.args.max_grad_norm == 0.7
+
+
+def test_accumulated_norm_is_that_of_the_whole_batch(tmp_path):
+    norms = []
+    for options in (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 16},
+    ):
+        callback = StabilityCallback(StabilityConfig(plot=False))
+        make_trainer(tmp_path, [callback], max_steps=4, **options).train()
+        norms.append(callback.monitor.norms)
+    assert len(norms[0]) == 4
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_resumed_training_continues_the_history(tmp_path, restore):
+    def run(name, **options):
+        callback = StabilityCallback(StabilityConfig(burn_in=5, plot=False))
+        trainer = make_trainer(tmp_path / name, [callback], max_steps=16, **options)
+        return trainer
+
+    whole = run("whole", save_strategy="steps", save_steps=9)
+    whole.train()
+    resumed = run("resumed", restore_callback_states_from_checkpoint=restore)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9"))
+    histories = [
+        next(c for c in t.callback_handler.callbacks if isinstance(c, StabilityCallback)).monitor.state_dict()
+        for t in (whole, resumed)
+    ]
+    assert len(histories[0]["norms"]) == 16
+    assert histories[0] == histories[1]
+    same_weights(whole, resumed, rtol=0, atol=0)
+
+
+def test_a_second_training_starts_anew(tmp_path):
+    callback = StabilityCallback(StabilityConfig(plot=False))
+    trainer = make_trainer(tmp_path, [callback], max_steps=3)
+    trainer.train()
+    trainer.train()
+    assert callback.monitor.steps == [1, 2, 3]
+
+
+def test_figures_reach_every_reporter_and_files_are_written(tmp_path):
+    class Reporter(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    reporter = Reporter()
+    trainer = make_trainer(tmp_path, [reporter], max_steps=8, logging_steps=2)
+    callback = StabilityCallback(StabilityConfig(burn_in=3), trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [entry for entry in reporter.seen if "stability/grad_norm" in entry]
+    assert [entry["stability/grad_norm"] for entry in logged] == callback.monitor.norms[1::2]
+    assert logged[-1]["stability/threshold"] == callback.monitor.thresholds[-1]
+    assert logged[-1]["stability/grad_norm/model.layers.0"] == callback.monitor.group_norms["model.layers.0"][-1]
+    assert len([entry for entry in reporter.seen if "loss" in entry]) == 4
+    assert json.loads((tmp_path / "stability.json").read_text()) == callback.monitor.state_dict()
+    assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_the_trainer_figures_are_in_the_log_history(tmp_path):
+    trainer = make_trainer(tmp_path, [fixed()], max_steps=4, logging_steps=2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "stability/clipped_share" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert logged[-1]["stability/clipped_share"] == 1
+
+
+def test_divergence_is_found_and_said(tmp_path, caplog):
+    callback = StabilityCallback(StabilityConfig(plot=False))
+    make_trainer(
+        tmp_path,
+        [callback],
+        max_steps=40,
+        learning_rate=30.0,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        warmup_steps=15,
+    ).train()
+    report = callback.monitor.report()
+    assert report.unstable
+    assert "The loss has risen by" in caplog.text or "is not finite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("deepspeed_plugin", object(), "cannot see or clip gradients under DeepSpeed"),
+        ("fsdp_plugin_args", {"fsdp_version": 1}, "needs FSDP 2"),
+    ],
+)
+def test_gradients_that_nobody_sees_are_refused(tmp_path, name, value, match):
+    trainer = make_trainer(tmp_path, [fixed()])
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=match):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -1,0 +1,175 @@
+"""The playbook's rules on losses whose instability is known."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from peft_scalora.stability import LossMonitor, detect_instability
+
+STEPS = 300
+
+
+def healthy(noise=0.05, seed=0, steps=STEPS):
+    t = np.arange(steps)
+    return (0.5 + 2 * np.exp(-t / (steps / 8))) * (1 + noise * np.random.default_rng(seed).standard_normal(steps))
+
+
+def bump(start, length, height):
+    loss = healthy()
+    loss[start : start + length] += height
+    return loss
+
+
+def test_a_spike_is_found_where_it_is():
+    report = detect_instability(bump(150, 12, 3.0))
+    (event,) = report.events
+    assert event.kind == "spike"
+    assert event.start == 151  # steps count from 1
+    assert 160 <= event.end <= 168
+    assert event.height == pytest.approx(3.0, abs=0.3)
+    assert report.unstable and not report.diverged and not report.early
+    assert "gradient clipping comes first" in report.advice
+
+
+def test_every_spike_is_an_event_of_its_own():
+    loss = bump(100, 10, 3.0) + bump(200, 10, 3.0) - healthy()
+    assert [(e.kind, e.start) for e in detect_instability(loss).events] == [("spike", 101), ("spike", 201)]
+
+
+@pytest.mark.parametrize("start", [3, 6, 15])
+def test_early_blow_up(start):
+    loss = healthy()
+    loss[start:] = 2.5 + 0.5 * np.arange(STEPS - start)
+    report = detect_instability(loss)
+    assert report.diverged and report.early
+    assert report.events[0].start <= start + 10
+    assert "warmup comes first" in report.advice
+
+
+def test_early_rise_that_recovers():
+    """Sparse evaluation misses this one."""
+    loss = healthy(steps=STEPS)
+    loss[8:28] += np.linspace(0.0, 6.0, 20)
+    report = detect_instability(loss)
+    assert [event.kind for event in report.events] == ["spike"]
+    assert report.early and not report.diverged
+
+
+def test_slow_divergence():
+    loss = healthy()
+    loss[200:] += np.linspace(0.0, 2.0, 100)
+    report = detect_instability(loss)
+    (event,) = report.events
+    assert event.kind == "divergence"
+    assert 205 <= event.start <= 245
+    assert event.end == STEPS
+    assert report.diverged and not report.early
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite(value):
+    loss = healthy()
+    loss[120:123] = value
+    (event,) = detect_instability(loss).events
+    assert (event.kind, event.start, event.end) == ("non-finite", 121, 123)
+    assert detect_instability(loss).diverged
+    assert detect_instability([value]).diverged
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.2])
+def test_a_plateau_is_not_unstable(noise):
+    loss = np.full(STEPS, 2.3) * (1 + noise * np.random.default_rng(1).standard_normal(STEPS))
+    assert not detect_instability(loss).unstable
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("steps", [12, 60, 1000])
+def test_no_alarm_on_noise_around_a_falling_loss(noise, steps):
+    for seed in range(20):
+        assert not detect_instability(healthy(noise, seed, steps)).unstable
+
+
+def test_no_alarm_on_single_outliers():
+    for seed in range(10):
+        loss = healthy(0.05, seed)
+        loss[np.random.default_rng(seed).choice(STEPS, 5, replace=False)] *= 4
+        assert not detect_instability(loss).unstable
+
+
+def test_no_alarm_on_recorded_healthy_runs():
+    """Made by eval/healthy_runs.py: real models, several learning rates and batch sizes."""
+    with open(os.path.join(os.path.dirname(__file__), "healthy_runs.json"), encoding="utf-8") as file:
+        runs = json.load(file)["runs"]
+    assert len(runs) == 20
+    alarms = [run["name"] for run in runs if detect_instability(run["losses"]).unstable]
+    assert alarms == []
+    # The same runs with a blow-up put in are all found out.
+    for run in runs:
+        losses = np.array(run["losses"])
+        losses[len(losses) // 2 :] += 2 * losses[0]
+        assert detect_instability(losses).diverged, run["name"]
+
+
+def test_the_scale_of_the_loss_does_not_matter():
+    loss = bump(150, 12, 3.0)
+    first, second = detect_instability(loss), detect_instability(1e-4 * loss)
+    assert [(e.kind, e.start, e.end) for e in first.events] == [(e.kind, e.start, e.end) for e in second.events]
+
+
+def test_a_monitor_says_it_when_it_begins():
+    monitor, seen = LossMonitor(), []
+    for step, loss in enumerate(bump(150, 12, 3.0), 1):
+        event = monitor.update(float(loss), step)
+        if event is not None:
+            seen.append(step)
+    assert len(seen) == 1 and 151 <= seen[0] <= 155
+
+
+def trainer_state(folder, losses, every=1):
+    os.makedirs(folder)
+    log = [{"step": every * (i + 1), "loss": float(loss)} for i, loss in enumerate(losses)]
+    log += [{"step": len(losses), "eval_loss": 1e9}]
+    with open(folder / "trainer_state.json", "w") as file:
+        json.dump({"log_history": log}, file)
+
+
+def test_logged_runs_are_read(tmp_path):
+    trainer_state(tmp_path / "checkpoint-300", bump(150, 12, 3.0), every=10)
+    trainer_state(tmp_path / "checkpoint-20", healthy()[:20])
+    for source in (tmp_path, str(tmp_path / "checkpoint-300"), tmp_path / "checkpoint-300" / "trainer_state.json"):
+        (event,) = detect_instability(source).events
+        assert (event.kind, event.start) == ("spike", 1510)
+
+
+def test_sources_without_losses_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no trainer_state\.json"):
+        detect_instability(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"eval_loss": 1.0, "step": 1}]}')
+    with pytest.raises(ValueError, match="holds no training loss"):
+        detect_instability(tmp_path)
+    with pytest.raises(ValueError, match="losses is empty"):
+        detect_instability([])
+
+
+def test_an_early_spike_that_outweighs_the_noise_around_it():
+    """A fine-tuning at a learning rate that is too high: quiet while the head is zero, then up, then back."""
+    rng = np.random.default_rng(0)
+    loss = np.concatenate([np.full(4, 0.69), np.exp(rng.normal(1.5, 1.0, 12)), 0.65 + 0.1 * rng.standard_normal(40)])
+    report = detect_instability(loss)
+    assert [event.kind for event in report.events] == ["spike"]
+    assert report.early
+    quiet = np.concatenate([np.full(4, 0.69), 0.65 + 0.1 * rng.standard_normal(40)])
+    assert not detect_instability(quiet).unstable
+
+
+def test_a_run_that_stays_above_its_start_is_unstable_however_noisy():
+    """Recorded: ScaLoRA on MiniLM at a learning rate of 0.1."""
+    loss = (
+        "0.7 0.69 0.73 0.68 1.36 0.76 14.12 2.71 4.44 7.26 1.05 13.75 13.0 9.9 1.79 4.28 7.96 3.13 4.25 4.03 1.17 6.85"
+    )
+    loss += " 7.64 5.39 1.09 6.43 7.41 5.35 6.52 3.16 1.13 5.43 4.41 1.22 2.32 0.98 2.1 3.17 3.38 3.57"
+    report = detect_instability([float(x) for x in loss.split()])
+    assert report.early
+    assert report.events[0].start <= 12

@@ -1,0 +1,230 @@
+"""Sweep and warmup search on problems whose answer is known, sharing and resuming their study."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers_stability import make_trainer
+
+from peft_scalora.stability import prepend_warmup, runs, search_warmup, sweep_learning_rate
+from peft_scalora.stability.learning_rate import learning_rate_grid
+from peft_scalora.stability.runs import Point, Study, final_loss, sqlite_storage
+
+
+def quadratic(learning_rate, steps=40, curvatures=(1.0, 10.0), warmup=0):
+    """Gradient descent on ½ Σ c x²: factors 1 - lr c a step, so stable below 2/10 for these curvatures."""
+    c, x, losses = np.array(curvatures), np.ones(len(curvatures)), []
+    for step in range(steps):
+        losses.append(float(0.5 * (c * x**2).sum()))
+        x = x - learning_rate * min(1.0, step / warmup if warmup else 1.0) * c * x
+    return losses
+
+
+def test_the_grid_is_nested_and_log_spaced():
+    grid = learning_rate_grid(1e-4, 1e-1, 2)
+    assert grid == pytest.approx([1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1])
+    assert all(any(math.isclose(a, b) for b in learning_rate_grid(1e-4, 1e-1, 6)) for a in grid)
+    with pytest.raises(ValueError, match=r"low=0\.1 and high=0\.01"):
+        learning_rate_grid(0.1, 0.01, 2)
+    with pytest.raises(ValueError, match="give 1 points"):
+        learning_rate_grid(1e-3, 1.1e-3, 1)
+
+
+def test_best_and_unstable_rates_of_a_quadratic(tmp_path):
+    sweep = sweep_learning_rate(quadratic, 1e-2, 1.0, 6, tmp_path, check_steps=0)
+    rates = learning_rate_grid(1e-2, 1.0, 6)
+    assert sweep.learning_rates == rates
+    assert sweep.scores == [final_loss(quadratic(rate)) for rate in rates]
+    assert sweep.best_learning_rate == min(rates, key=lambda rate: max(abs(1 - rate), abs(1 - 10 * rate)))
+    assert sweep.unstable_base_learning_rate == next(rate for rate in rates if rate > 0.2)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["best_learning_rate"] == sweep.best_learning_rate
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_check_at_twice_the_best(tmp_path):
+    tried = []
+
+    def train(learning_rate):
+        tried.append(learning_rate)
+        return quadratic(learning_rate)
+
+    sweep = sweep_learning_rate(train, 1e-2, 1.0, 4, tmp_path, plot=False)
+    assert tried[-1] == 2 * sweep.best_learning_rate
+    assert sweep.check_losses == quadratic(tried[-1])
+    assert sweep.check.unstable and sweep.advice.startswith("At twice the best learning rate: Unstable early")
+    stable = sweep_learning_rate(lambda lr: quadratic(lr / 20), 1e-2, 1.0, 2, tmp_path / "b", plot=False)
+    assert stable.best_learning_rate == 1.0 and "is at the edge" in stable.advice
+
+
+def test_diverged_runs_are_never_best(tmp_path):
+    def train(learning_rate):
+        return [1.0, 0.1, float("nan")] if learning_rate > 0.05 else [1.0, 0.9]
+
+    sweep = sweep_learning_rate(train, 1e-3, 1.0, 1, tmp_path, check_steps=0)
+    assert sweep.best_learning_rate < 0.05
+    assert [math.isinf(score) for score in sweep.scores] == [False, False, True, True]
+    assert sweep.unstable_base_learning_rate == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="has a finite loss: lower the range"):
+        sweep_learning_rate(lambda lr: [float("nan")], 1e-3, 1.0, 1, tmp_path / "b", plot=False)
+
+
+def test_finished_runs_are_not_repeated_and_a_finer_grid_adds_to_them(tmp_path):
+    tried = []
+
+    def train(learning_rate):
+        if len(tried) == 3 and tried[-1] is not None:
+            tried.append(None)
+            raise RuntimeError("out of memory")
+        tried.append(learning_rate)
+        return quadratic(learning_rate)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sweep_learning_rate(train, 1e-3, 1.0, 2, tmp_path, check_steps=0, plot=False)
+    for per_decade, count in ((2, 7), (4, 13)):
+        sweep = sweep_learning_rate(train, 1e-3, 1.0, per_decade, tmp_path, check_steps=0, plot=False)
+        tried = [rate for rate in tried if rate is not None] + [None]
+        assert sorted(tried[:-1]) == sweep.learning_rates == learning_rate_grid(1e-3, 1.0, per_decade)
+        assert len(tried[:-1]) == count
+
+
+def test_a_study_of_other_settings_is_refused(tmp_path):
+    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, tmp_path, check_steps=0, plot=False, settings={"model": "a"})
+    with pytest.raises(ValueError, match=r"with other settings \(model\): choose another"):
+        sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, tmp_path, check_steps=0, plot=False, settings={"model": "b"})
+
+
+WORKER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from peft_scalora.stability import sweep_learning_rate
+from peft_scalora.stability import runs
+
+runs.HEARTBEAT, runs.GRACE = 1, 3
+
+def train(learning_rate):
+    with open(sys.argv[3], "a") as log:
+        log.write(f"{learning_rate!r}\\n")
+    time.sleep(float(sys.argv[4]))
+    return [1.0, abs(learning_rate - 0.1)]
+
+sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, sys.argv[2], check_steps=0, plot=False)
+assert len(sweep.scores) == 7
+"""
+
+
+def test_two_processes_share_a_study_one_of_them_killed(tmp_path, monkeypatch):
+    """Every point is finished once by a living process, also the one that was being run when its process died."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    logs = [tmp_path / "killed.txt", tmp_path / "restarted.txt"]
+
+    def start(log, seconds):
+        command = [sys.executable, str(tmp_path / "worker.py"), os.path.dirname(__file__), str(tmp_path / "study")]
+        return subprocess.Popen([*command, str(log), str(seconds)], stderr=subprocess.DEVNULL)
+
+    killed = start(logs[0], 1000)
+    while not logs[0].exists():
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    worker, here = start(logs[1], 0.3), []
+
+    def train(learning_rate):
+        here.append(learning_rate)
+        time.sleep(1.0)
+        return [1.0, abs(learning_rate - 0.1)]
+
+    monkeypatch.setattr(runs, "HEARTBEAT", 1)
+    monkeypatch.setattr(runs, "GRACE", 3)
+    sweep_learning_rate(train, 1e-3, 1.0, 2, tmp_path / "study", check_steps=0, plot=False)
+    assert worker.wait(timeout=60) == 0
+    (lost,) = logs[0].read_text().split()
+    done = here + [float(line) for line in logs[1].read_text().split()] if logs[1].exists() else here
+    assert float(lost) in done
+    assert sorted(done) == learning_rate_grid(1e-3, 1.0, 2)
+    results = Study(sqlite_storage(tmp_path / "study"), "learning_rate").results()
+    assert results[Point("sweep", 0.1)].score == 0.0
+
+
+def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
+    def train(learning_rate):
+        return make_trainer(tmp_path, eval_rows=16, learning_rate=learning_rate, max_steps=5, seed=3)
+
+    sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, tmp_path / "sweep", check_steps=4, check_rows=3, plot=False)
+    for rate, score, losses in zip(sweep.learning_rates, sweep.scores, sweep.losses):
+        trainer = train(rate)
+        trainer.train()
+        assert score == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+        assert losses == pytest.approx([e["loss"] for e in trainer.state.log_history if "loss" in e], rel=1e-5)
+    check = train(2 * sweep.best_learning_rate)
+    check.args.max_steps = 4
+    check.eval_dataset = check.eval_dataset.select(range(3))
+    check.args.eval_strategy, check.args.eval_steps = "steps", 1
+    check.train()
+    expected = [e["eval_loss"] for e in check.state.log_history if "eval_loss" in e]
+    assert sweep.check_losses == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"returned a Trainer with learning_rate=1: use the given one"):
+        sweep_learning_rate(lambda lr: train(1.0), 1e-3, 1e-2, 1, tmp_path / "wrong", plot=False)
+
+
+def early_unstable(learning_rate, warmup_steps, max_steps):
+    """Stable if the ramp is slower than 1e-3 a step: a cartoon of what warmup mends."""
+    slow = learning_rate / warmup_steps <= 1e-3
+    t = np.arange(max_steps)
+    noise = 0.02 * np.random.default_rng(0).standard_normal(max_steps)
+    return (2.0 / (1 + t / max_steps) + noise if slow else 2.0 + 0.3 * t).tolist()
+
+
+@pytest.mark.parametrize(
+    ("unstable_rate", "max_steps", "steps", "rate"),
+    [(1e-4, 2000, 10, 1e-2), (1e-3, 2000, 10, 1e-2), (2e-3, 2000, 100, 2e-2), (1.0, 2000, None, None)],
+)
+def test_the_shortest_stable_warmup(tmp_path, unstable_rate, max_steps, steps, rate):
+    result = search_warmup(early_unstable, unstable_rate, max_steps, tmp_path)
+    assert result.warmup_steps == steps
+    assert result.learning_rate == (None if rate is None else pytest.approx(rate))
+    assert {len(run.losses) for run in result.runs} == {30, 300}
+    assert {run.learning_rate for run in result.runs} == {10 * unstable_rate, 100 * unstable_rate}
+    assert result.total_steps == max_steps + (steps or 0)
+    assert (tmp_path / "warmup.png").read_bytes().startswith(b"\x89PNG")
+    if steps == 100:
+        assert "2000 + 100 = 2100 steps" in result.advice and "more than 5%" not in result.advice
+
+
+def test_long_warmup_wants_longer_training(tmp_path):
+    result = search_warmup(early_unstable, 2e-3, 1000, tmp_path, plot=False)
+    assert result.warmup_steps == 100
+    assert result.advice.endswith("more than 5% of the training: train longer.")
+    with pytest.raises(ValueError, match="max_steps=99 is too short"):
+        search_warmup(early_unstable, 2e-3, 99, tmp_path, plot=False)
+
+
+def test_a_trainer_gets_ramp_and_constant_part(tmp_path):
+    trainers = []
+
+    def train(learning_rate, warmup_steps, max_steps):
+        trainers.append(make_trainer(tmp_path, learning_rate=learning_rate))
+        return trainers[-1]
+
+    result = search_warmup(train, 1e-5, 100, tmp_path / "search", plot=False)
+    assert all(len(run.losses) == 30 for run in result.runs)
+    for trainer in trainers:
+        peak = trainer.args.learning_rate
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+        assert rates == pytest.approx([min(1.0, step / 10) * peak for step in range(30)])
+
+
+def test_warmup_is_put_before_the_schedule():
+    def cosine(step):
+        return 0.5 * (1 + math.cos(math.pi * step / 100))
+
+    schedule = prepend_warmup(cosine, 10)
+    assert [schedule(step) for step in range(10)] == pytest.approx([step / 10 for step in range(10)])
+    assert [schedule(step) for step in range(10, 111)] == [cosine(step) for step in range(101)]

@@ -1,0 +1,279 @@
+"""Residual step size and Peri-LN: against blocks written out by hand, through saving, compiling and adapters."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers_models import tiny_bert, tiny_gpt2, tiny_llama, tokens
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
+
+from peft_scalora.stability import load_residual, scale_residual, to_peri_ln
+from peft_scalora.stability.residual import residual_ends
+
+BUILDERS = {"GPT-2": tiny_gpt2, "Llama": tiny_llama, "BERT": tiny_bert}
+CHANGES = {
+    "step": lambda m: scale_residual(m, 0.3),
+    "peri": to_peri_ln,
+    "all": lambda m: (scale_residual(m, 0.3, zero_init=True), to_peri_ln(m)),
+}
+every_model = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+def stirred(model):
+    """Everything that starts as a constant made random, so that nothing hides behind a 0 or 1."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "residual_end" in name or "norm" in name.lower() or "ln_" in name:
+            parameter.data = 1 + 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def by_hand(name, x, block, scale, norms, mask):
+    """One block written out, x + scale norm(f(x)) twice; without `norms` it stays the Pre-LN or post-LN block it is."""
+    first, second = norms
+    if name == "GPT-2":
+        f_x = block.attn(block.ln_1(x), attention_mask=mask)[0]
+        x = x + scale * (f_x if first is None else first(f_x))
+        f_x = block.mlp(block.ln_2(x))
+        return x + scale * (f_x if second is None else second(f_x))
+    f_x = block.attention.output.dense(block.attention.self(x)[0])
+    x = block.attention.output.LayerNorm(x + scale * f_x) if first is None else x + scale * first(f_x)
+    f_x = block.output.dense(block.intermediate(x))
+    return block.output.LayerNorm(x + scale * f_x) if second is None else x + scale * second(f_x)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT"])
+@every_change
+def test_the_function_is_that_of_a_block_written_out(name, change):
+    plain = stirred(BUILDERS[name]()).double()
+    changed = copy.deepcopy(plain)
+    change(changed)
+    changed = stirred(changed).double()
+    for path, parameter in plain.named_parameters():  # the two share all that both have
+        if path in dict(changed.named_parameters()):
+            parameter.data = changed.get_parameter(path).data
+    ends = list(residual_ends(changed).values())
+    blocks = plain.transformer.h if name == "GPT-2" else plain.bert.encoder.layer
+    taken = changed.transformer.h if name == "GPT-2" else changed.bert.encoder.layer
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    mask = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    for i, (block, other) in enumerate(zip(blocks, taken)):
+        pair, scale = ends[2 * i : 2 * i + 2], 1.0 if change is to_peri_ln else 0.3
+        for end in pair:
+            if end.alpha is not None:
+                end.alpha.data.fill_(0.7)
+        scale *= 1.0 if pair[0].alpha is None else 0.7
+        expected = by_hand(name, x, block, scale, [end.norm for end in pair], mask)
+        result = other(x, attention_mask=mask) if name == "GPT-2" else other(x)
+        result = result[0] if isinstance(result, tuple) else result
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    assert len(ends) == 4
+
+
+@every_model
+def test_a_step_of_one_changes_nothing_and_steps_are_set_anew(build):
+    model = stirred(build())
+    before = model(tokens()).logits
+    names = set(model.state_dict())
+    paths = scale_residual(model, 1.0)
+    torch.testing.assert_close(model(tokens()).logits, before, rtol=0, atol=0)
+    assert set(model.state_dict()) == names
+    for step in (0.5, 0.1):
+        assert scale_residual(model, step) == paths
+        assert {end.step for end in residual_ends(model).values()} == {step}
+    assert (model(tokens()).logits - before).abs().max() > 1e-2
+
+
+@every_model
+def test_zero_init_makes_blocks_the_identity_that_can_learn(build):
+    model = build().eval()
+    scale_residual(model, 1.0, zero_init=True)
+    states = model(tokens(), output_hidden_states=True).hidden_states
+    if build is not tiny_bert:  # whose blocks still normalise
+        torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    model(tokens(), labels=torch.zeros(4, dtype=int) if build is tiny_bert else tokens()).loss.backward()
+    assert all(end.alpha.grad.abs() > 0 for end in residual_ends(model).values())
+
+
+@every_model
+@every_change
+def test_compiled_and_checkpointed_models_are_the_same(build, change):
+    torch._dynamo.reset()
+    model = build()
+    change(model)
+    model = stirred(model)
+    expected = model(tokens()).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens()).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+FRESH = """
+import sys, torch
+from peft_scalora.stability import load_residual
+model = load_residual(sys.argv[1]).eval()
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@every_model
+@every_change
+def test_saved_models_load(tmp_path, build, change):
+    model = build()
+    change(model)
+    model = stirred(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_residual(tmp_path).eval()
+    expected = model(tokens()).logits
+    assert torch.equal(loaded(tokens()).logits, expected)
+    assert {p: e.step for p, e in residual_ends(loaded).items()} == {p: e.step for p, e in residual_ends(model).items()}
+    loaded.save_pretrained(tmp_path / "again")  # what was loaded can be changed, saved and loaded again
+    scale_residual(loaded, 0.9)
+    again = load_residual(tmp_path / "again", type(build())).eval()
+    assert torch.equal(again(tokens()).logits, expected)
+
+
+def test_saved_models_load_in_a_fresh_process_and_nowhere_else(tmp_path):
+    model = tiny_gpt2()
+    CHANGES["all"](model)
+    model = stirred(model)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(tokens(), tmp_path / "tokens.pt")
+    script = [sys.executable, "-c", FRESH, *(str(tmp_path / name) for name in ("model", "tokens.pt", "logits.pt"))]
+    subprocess.run(script, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(tokens()).logits)
+    with pytest.raises(ValueError, match="residual_gpt2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_other_folders_are_not_loaded(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ordinary residual branches: use from_pretrained"):
+        load_residual(tmp_path)
+    model = tiny_gpt2()
+    scale_residual(model, 0.1)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ResidualMine"]}))
+    with pytest.raises(ValueError, match="no class 'Mine': give model_class"):
+        load_residual(tmp_path)
+
+
+@every_model
+def test_adapters_go_on_top_and_merge(build):
+    model = build()
+    CHANGES["all"](model)
+    model = get_peft_model(stirred(model), LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    expected = model(tokens()).logits
+    torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="model has adapters"):
+        scale_residual(get_peft_model(build(), LoraConfig(target_modules="all-linear")), 0.1)
+
+
+class Block(nn.Module):
+    """A pre-LN block that nobody has heard of: its branches are a Sequential and a module that returns a tuple."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.before, self.then = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.mixing = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.feed = nn.Sequential(nn.Linear(width, 9), nn.GELU(), nn.Linear(9, width))
+
+    def forward(self, x):
+        y = self.before(x)
+        x = x + self.mixing(y, y, y, need_weights=False)[0]
+        return x + self.feed(self.then(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, block=Block):
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_of_ones_own_are_found_by_what_they_compute():
+    x = torch.randn(2, 5, 6)
+    model = Stack()
+    plain = copy.deepcopy(model)
+    assert scale_residual(model, 0.25, inputs={"x": x}) == [
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("mixing", "feed")
+    ]
+    to_peri_ln(model, {"x": x})
+    expected = x
+    for block in plain.blocks:
+        y = block.before(expected)
+        expected = expected + 0.25 * nn.functional.layer_norm(block.mixing(y, y, y)[0], (6,))
+        expected = expected + 0.25 * nn.functional.layer_norm(block.feed(block.then(expected)), (6,))
+    torch.testing.assert_close(model(x), expected)
+    again = Stack()
+    scale_residual(again, 0.25, inputs={"x": x})
+    to_peri_ln(again, {"x": x})
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(x), expected)
+    with pytest.raises(ValueError, match="Stack brings no dummy_inputs: give inputs"):
+        scale_residual(Stack(), 0.25)
+
+
+class Odd(Block):
+    def forward(self, x):
+        return self.then(x * self.feed(self.before(x)))
+
+
+def test_what_cannot_be_placed_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"blocks\.0 \(Odd\) is not a block whose output .* mixing \(MultiheadAttention\)"
+    ):
+        scale_residual(Stack(Odd), 0.1, inputs={"x": torch.randn(2, 5, 6)})
+    with pytest.raises(ValueError, match="Linear has no list of blocks"):
+        to_peri_ln(nn.Linear(2, 2))
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+        )
+    )
+    # Its second branch is two of the block's children, of which the last is what is added: it can be placed.
+    assert scale_residual(opt, 0.1) == ["model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc2"]
+    for step in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="must be above 0"):
+            scale_residual(tiny_gpt2(), step)
+
+
+def test_models_that_are_peri_ln_are_refused_and_can_be_scaled():
+    config = Gemma2Config(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.post_attention_layernorm normalises the output .* already"
+    ):
+        to_peri_ln(model)
+    assert [path.rpartition(".")[2] for path in scale_residual(model, 0.1)][:2] == [
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ]
+    ours = tiny_gpt2()
+    to_peri_ln(ours)
+    with pytest.raises(ValueError, match="already"):
+        to_peri_ln(ours)

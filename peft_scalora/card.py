@@ -6,9 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from . import fingerprint
+from .checkpoints import last_complete_checkpoint
 from .files import replace_file
 from .serving import max_lora_rank
 
@@ -82,7 +81,7 @@ def results_of(folder: str) -> dict[str, float]:
 
     Read from trainer_state.json in the folder or in its last checkpoint.
     """
-    for place in (folder, get_last_checkpoint(folder) if os.path.isdir(folder) else None):
+    for place in (folder, last_complete_checkpoint(folder) if os.path.isdir(folder) else None):
         try:
             with open(os.path.join(place or folder, "trainer_state.json"), encoding="utf-8") as file:
                 log = json.load(file)["log_history"]

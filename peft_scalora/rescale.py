@@ -101,6 +101,8 @@ def _rescale_whole(targets: list[Target], optimizer: OptimizerState) -> RescaleR
     for target in targets:
         if target.lora_B.grad is None or target.lora_A.grad is None:
             report.without_gradient += 1
+        elif target.lora_A.dim() < 2:
+            raise TypeError("ScaLoRA cannot rescale flattened parameters (FSDP1): use FSDP2 (fsdp_version: 2), or DDP.")
         elif target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
             raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")
         else:

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_scalora import ScaLoRAConfig
+from peft_scalora import ScaLoRAConfig, rescale
 from peft_scalora.sharding import CHECK_RANKS, check_ranks
 
 SCRIPT = pathlib.Path(__file__).with_name("distributed_train.py")
@@ -110,8 +110,6 @@ def test_ranks_that_differ_are_found(monkeypatch):
 
 
 def test_adapters_of_which_some_are_sharded_are_refused():
-    from peft_scalora import rescale
-
     class Sharded(nn.Parameter):
         def full_tensor(self):
             raise AssertionError("nothing may be read before the refusal")
@@ -123,4 +121,16 @@ def test_adapters_of_which_some_are_sharded_are_refused():
     for factor in (layer.lora_A["default"], layer.lora_B["default"]):
         factor.weight = Sharded(factor.weight.data)
     with pytest.raises(TypeError, match="some are sharded and some are not"):
+        rescale(model)
+
+
+def test_flattened_parameters_are_refused():
+    """What FSDP1 makes of a parameter with use_orig_params=True."""
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), ScaLoRAConfig(target_modules=["0"], r=2))
+    model(torch.randn(3, 6)).sum().backward()
+    layer = model.base_model.model[0]
+    for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+        flat = nn.Parameter(factor.weight.data.flatten())
+        flat.grad, factor.weight = factor.weight.grad.flatten(), flat
+    with pytest.raises(TypeError, match="FSDP1"):
         rescale(model)

@@ -1,4 +1,4 @@
-"""ScaLoRA on many GPUs: the script that trains plain LoRA, with another configuration class. See README.md for launching.
+"""ScaLoRA on many GPUs: a script for plain LoRA with another configuration class. README.md has the launch lines.
 
 accelerate launch --config_file examples/multi_gpu/fsdp2.yaml examples/multi_gpu/train.py --data train.jsonl
 """

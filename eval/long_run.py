@@ -11,10 +11,9 @@ are there.
 
 What a smaller accumulator loses:
 
-    for R in 4 8 16 32 64; do for seed in 0 1; do
-        python eval/long_run.py --r 4 --accumulator-rank $R --learning-rate 5e-3 --seed $seed \\
-            --output eval/results/accumulator_rank
-    done; done
+    for R in 4 8 16 32 64; do
+        python eval/long_run.py --r 4 --accumulator-rank $R --learning-rate 5e-3 --output eval/results/accumulator_rank
+    done
 """
 
 from __future__ import annotations

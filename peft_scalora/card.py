@@ -81,7 +81,7 @@ def results_of(folder: str) -> dict[str, float]:
 
     Read from trainer_state.json in the folder or in its last checkpoint.
     """
-    for place in (folder, last_complete_checkpoint(folder) if os.path.isdir(folder) else None):
+    for place in (folder, last_complete_checkpoint(folder)):
         try:
             with open(os.path.join(place or folder, "trainer_state.json"), encoding="utf-8") as file:
                 log = json.load(file)["log_history"]

@@ -287,12 +287,12 @@ def test_card_states_the_results_of_the_last_checkpoint(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         log = [{"loss": 7.0, "step": 1}, {"loss": loss, "step": step}, {"eval_loss": 2 * loss, "eval_runtime": 1.0}]
-        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
     save(model, tmp_path)
     assert "| results | eval_loss 4.5, loss 2.25, step 10 |" in (tmp_path / "README.md").read_text()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"log_his')  # by a run that was killed
     save(model, tmp_path)
-    assert "| results" not in (tmp_path / "README.md").read_text()
+    assert "| results | eval_loss 7, loss 3.5, step 9 |" in (tmp_path / "README.md").read_text()
 
 
 def test_card_of_the_user_is_kept(tmp_path):

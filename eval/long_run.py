@@ -22,6 +22,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -117,7 +118,7 @@ def report(folder: str) -> str:
         by_name[name_of(result)][result["learning_rate"]].append(result["points"])
     lines = ["| | learning rate (tried) | seeds | held-out nats a byte | effective rank |", "|---|---|---|---|---|"]
     best = {}
-    for name, by_rate in by_name.items():
+    for name, by_rate in sorted(by_name.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
         # The mean over seeds of every point; the rate with the lowest last loss.
         means = {rate: [tuple(map(mean, zip(*point))) for point in zip(*seeds)] for rate, seeds in by_rate.items()}
         rate = min(means, key=lambda rate: means[rate][-1][1])

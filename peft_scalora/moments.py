@@ -2,7 +2,7 @@
 
 ∂loss/∂Ã = s G B̃ = (∂loss/∂A) diag(β): the gradient history of a factor is scaled by the *other* factor's scales
 (Lemmas 3.3, 3.6). A state that is linear in past gradients is multiplied by that scale, one that holds their squares by
-its square, one that holds ratios of both not at all.
+its square, one that holds ratios of both not at all, and a change of the factor that is yet to come by its inverse.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ RULES: dict[str, dict[str, int]] = {
     "SGD": {"momentum_buffer": 1},
     "Muon": {"momentum_buffer": 1},
     "Lion": {"exp_avg": 1},
+    # J δ is unchanged: δ moves against the gradients.
+    "GaussNewton": {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1, "delta": -1},
 }
 # bitsandbytes names its states state1 and state2 whatever the optimizer, and says which one it is.
 _BITSANDBYTES_RULES: dict[str, dict[str, int]] = {
@@ -100,12 +102,13 @@ def transport(optimizer: torch.optim.Optimizer, params: list[Tensor], scale_LR: 
         if not held or power == 0:
             continue
         scale = scale_LR if len(held) == len(params) else scale_LR[held]
+        scale = torch.where(scale == 0, 0, scale**power)
         states = [optimizer.state[params[i]] for i in held]
         quantized = [state for state in states if state[name].dtype == torch.uint8]
         if not quantized:
-            multiply([state[name] for state in states], scale**power, dim)
+            multiply([state[name] for state in states], scale, dim)
         else:
-            _multiply_quantized(states, name, scale**power, dim)
+            _multiply_quantized(states, name, scale, dim)
 
 
 def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: int) -> None:

@@ -1,0 +1,82 @@
+"""Gradients of a loss on the linearized network (full Gauss-Newton, arXiv 2510.09378), as functions of tensors.
+
+Notation: f(θ) are the network's outputs at the anchor θ, J = ∂f/∂θ, ℓ the loss of the outputs, H = ∇²ℓ, δ a change of
+θ. Parameters and δ are dicts from names to tensors of equal shape. Neither J nor H is formed: one forward pass on
+dual numbers gives f and Jδ, one backward pass multiplies by Jᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+VARIANTS = ("gn", "prox_linear")
+Tensors = Mapping[str, Tensor]
+Forward = Callable[[dict[str, Tensor]], Tensor]
+Loss = Callable[[Tensor], Tensor]
+
+
+def linearized_loss_and_grad(
+    forward: Forward, loss: Loss, params: Tensors, delta: Tensors, variant: str = "gn"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Value and gradient, with respect to δ, of the objective on the network linearized at `params`.
+
+        variant         objective of δ                          gradient
+        "gn"            ℓ(f) + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩           Jᵀ(∇ℓ(f) + H(f) Jδ)
+        "prox_linear"   ℓ(f + Jδ)                               Jᵀ ∇ℓ(f + Jδ)
+
+    Args:
+        forward: maps a dict like `params` to the outputs, one tensor of any shape; runs once.
+        loss: maps the outputs to a scalar; convex in them, or "gn" has no minimum. Twice differentiable for "gn".
+        params: the anchor θ. Parameters that stay fixed are left out, and bound by `forward`.
+        delta: δ of some of `params`; the others are not linearized and get no gradient. Layerwise Gauss-Newton calls
+            this once for each layer with the δ of that layer alone.
+
+    Returns:
+        The scalar objective and the gradient by name of `delta`, both detached, in the dtype of the parameters.
+
+    Raises:
+        ValueError: the variant is unknown. NotImplementedError: an operation of `forward` has no forward-mode rule.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} must be one of {', '.join(map(repr, VARIANTS))}.")
+    leaves, outputs, Jd = _outputs_and_tangent(forward, params, delta)
+    value, cotangent = (_gn_cotangent if variant == "gn" else _prox_linear_cotangent)(loss, outputs.detach(), Jd)
+    return value, _pull_back(outputs, leaves, cotangent)
+
+
+def ggn_product(forward: Forward, loss: Loss, params: Tensors, vector: Tensors) -> dict[str, Tensor]:
+    """Jᵀ H J v, the generalized Gauss-Newton matrix at `params` times `vector`. Arguments as above, v for δ."""
+    leaves, outputs, Jv = _outputs_and_tangent(forward, params, vector)
+    (_, _), (HJv, _) = torch.func.jvp(torch.func.grad_and_value(loss), (outputs.detach(),), (Jv,))
+    return _pull_back(outputs, leaves, HJv)
+
+
+def _outputs_and_tangent(forward: Forward, params: Tensors, delta: Tensors):
+    """f with its graph, down to new leaves for the parameters in `delta`, and Jδ without one."""
+    leaves = {name: params[name].detach().requires_grad_() for name in delta}
+    with torch.enable_grad(), forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(leaf, delta[name]) for name, leaf in leaves.items()}
+        outputs, tangent = forward_ad.unpack_dual(forward({**params, **duals}))
+    return leaves, outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
+
+
+def _gn_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
+    """ℓ + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩ and ∇ℓ + H Jδ."""
+    (gradient, value), (HJd, slope) = torch.func.jvp(torch.func.grad_and_value(loss), (outputs,), (Jd,))
+    return value + slope + 0.5 * (Jd * HJd).sum(), gradient + HJd
+
+
+def _prox_linear_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
+    """ℓ(f + Jδ) and its gradient in the outputs."""
+    gradient, value = torch.func.grad_and_value(loss)(outputs + Jd)
+    return value, gradient
+
+
+def _pull_back(outputs: Tensor, leaves: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+    """Jᵀ times the cotangent; zero for parameters the outputs do not depend on."""
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangent, materialize_grads=True)
+    return dict(zip(leaves, gradients))

@@ -51,7 +51,7 @@ def linearized_loss_and_grad(
 def ggn_product(forward: Forward, loss: Loss, params: Tensors, vector: Tensors) -> dict[str, Tensor]:
     """Jᵀ H J v, the generalized Gauss-Newton matrix at `params` times `vector`. Arguments as above, v for δ."""
     leaves, outputs, Jv = _outputs_and_tangent(forward, params, vector)
-    (_, _), (HJv, _) = torch.func.jvp(torch.func.grad_and_value(loss), (outputs.detach(),), (Jv,))
+    _, _, HJv = _derivatives(loss, outputs.detach(), Jv)
     return _pull_back(outputs, leaves, HJv)
 
 
@@ -64,16 +64,31 @@ def _outputs_and_tangent(forward: Forward, params: Tensors, delta: Tensors):
     return leaves, outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
 
+def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ℓ, ∇ℓ and ∇²ℓ times a direction, at the outputs."""
+    leaf = outputs.requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    if gradient.grad_fn is None:  # a loss linear in the outputs
+        return value.detach(), gradient, torch.zeros_like(outputs)
+    (product,) = torch.autograd.grad(gradient, leaf, direction, materialize_grads=True)
+    return value.detach(), gradient.detach(), product
+
+
 def _gn_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
     """ℓ + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩ and ∇ℓ + H Jδ."""
-    (gradient, value), (HJd, slope) = torch.func.jvp(torch.func.grad_and_value(loss), (outputs,), (Jd,))
-    return value + slope + 0.5 * (Jd * HJd).sum(), gradient + HJd
+    value, gradient, HJd = _derivatives(loss, outputs, Jd)
+    return value + (gradient * Jd).sum() + 0.5 * (HJd * Jd).sum(), gradient + HJd
 
 
 def _prox_linear_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
     """ℓ(f + Jδ) and its gradient in the outputs."""
-    gradient, value = torch.func.grad_and_value(loss)(outputs + Jd)
-    return value, gradient
+    leaf = (outputs + Jd).requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
 
 
 def _pull_back(outputs: Tensor, leaves: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:

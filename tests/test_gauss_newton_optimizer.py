@@ -234,7 +234,7 @@ def test_step_sizes_share_dropout_masks_and_leave_random_numbers_alone():
     ((x, y),) = batches(1)
     optimizer.loss(*functions(model, x, y))
     assert torch.equal(torch.get_rng_state(), before)
-    assert len(set(optimizer._losses.tolist())) == 1  # δ = 0: only the masks could differ
+    assert len(set(optimizer._batches[0].losses.tolist())) == 1  # δ = 0: only the masks could differ
 
 
 # Saving.

@@ -114,8 +114,9 @@ class LinearizedForward:
         try:
             value = self.optimizer.loss(forward, lambda logits: loss(logits))
         except NotImplementedError as error:
+            reason = str(error).partition("\n")[0]
             raise NotImplementedError(
-                f"Gauss-Newton needs forward-mode differentiation, which a part of the model lacks ({error}). Switch "
+                f"Gauss-Newton needs forward-mode differentiation, which a part of the model lacks ({reason}). Switch "
                 "off fused kernels (attn_implementation='eager', no liger or hub kernels)."
             ) from error
         outputs = seen[-1]

@@ -64,8 +64,7 @@ class GaussNewton(torch.optim.Optimizer):
         muon = self._muon_names(muon)
         # Group by group, since learning rates differ; kept by index, since loading replaces the groups.
         self._inner = [self._inner_optimizers(group, muon) for group in self.param_groups]
-        self._batches: list[_Batch] = []  # of the step in progress, for conjugate gradients
-        self._losses: Tensor | None = None  # of the step in progress, by step size
+        self._batches: list[_Batch] = []  # of the step in progress
         self._alphas = step_sizes(self.config.line_search_points)
         start = {"position": 0, "outer_steps": 0, "step_size": math.nan, "loss": math.nan}
         start |= {"losses": [0.0] * len(self._alphas), "damping": self.config.damping, "predicted": 0.0}
@@ -95,17 +94,21 @@ class GaussNewton(torch.optim.Optimizer):
     # The loss of one micro-batch.
 
     def loss(self, forward: Forward, loss: Loss) -> Tensor:
-        """The scalar to call `backward` on: the linearized objective, or in a line search the best loss (no gradient).
+        """The scalar to call `backward` on: the linearized objective, or in a line search the least loss (no gradient).
 
         Args:
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
             loss: maps the outputs to a scalar that is convex in them.
         """
-        if self.in_line_search:
-            return self._line_search_loss(forward, loss)
-        value, gradients = self._value_and_gradients(forward, loss)
         batch = _Batch(forward, loss)
-        if self.config.inner_optimizer == "cg":
+        if self.in_line_search:
+            batch.losses = self._losses_by_step_size(forward, loss)
+            value = batch.losses.nan_to_num(math.inf).min()
+            # Data-parallel training waits for every gradient.
+            gradients = {name: torch.zeros_like(p) for name, p in self._params.items()}
+        else:
+            value, gradients = self._value_and_gradients(forward, loss)
+        if self.in_line_search or self.config.inner_optimizer == "cg":
             self._batches.append(batch)
         return _KnownGradients.apply(value, batch, *self._params.values(), *gradients.values())
 
@@ -124,17 +127,13 @@ class GaussNewton(torch.optim.Optimizer):
         return torch.stack(values).mean(), {name: gradients[name] for name in self._params}
 
     @torch.no_grad()
-    def _line_search_loss(self, forward: Forward, loss: Loss) -> Tensor:
+    def _losses_by_step_size(self, forward: Forward, loss: Loss) -> Tensor:
         losses = []
         for alpha in self._alphas:
             with self.unchanged_randomness():
                 params = {name: p.add(self._delta[name], alpha=alpha) for name, p in self._params.items()}
-                losses.append(loss(forward(params)).detach())
-        losses = torch.stack(losses)
-        self._losses = losses if self._losses is None else self._losses + losses
-        zeros = [torch.zeros_like(p) for p in self._params.values()]  # data-parallel training waits for every gradient
-        with torch.enable_grad():
-            return _KnownGradients.apply(losses.nan_to_num(math.inf).min(), None, *self._params.values(), *zeros)
+                losses.append(loss(forward(params)))
+        return torch.stack(losses)
 
     def unchanged_randomness(self):
         """Random numbers drawn inside are drawn again afterwards."""
@@ -208,13 +207,13 @@ class GaussNewton(torch.optim.Optimizer):
 
     def _line_search_step(self) -> None:
         """Add up the losses; after the last batch, commit."""
-        if self._losses is None:
-            raise RuntimeError("GaussNewton.step needs losses: call optimizer.loss(...) before it.")
+        if not self._batches:
+            raise RuntimeError("GaussNewton.step needs losses: call optimizer.loss(...).backward() before it.")
         progress = self.progress
-        losses = _mean_over_ranks(self._losses).tolist()
+        losses = _mean_over_ranks(sum(batch.weight * batch.losses for batch in self._batches)).tolist()
         progress["losses"] = [total + loss for total, loss in zip(progress["losses"], losses)]
         progress["position"] += 1
-        self._losses = None
+        self._batches.clear()
         if progress["position"] >= self.config.inner_steps + self.config.line_search_steps:
             self._commit(best_step_size(self._alphas, progress["losses"]))
 
@@ -299,23 +298,24 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 class _Batch:
-    """The functions of one micro-batch and the weight with which its loss entered the step's gradient."""
+    """A micro-batch of the step in progress: its functions, its losses by step size in a line search, and the weight of
+    its loss, which `backward` tells."""
 
     def __init__(self, forward: Forward, loss: Loss):
         self.forward, self.loss, self.weight = forward, loss, 1.0
+        self.losses: Tensor | None = None
 
 
 class _KnownGradients(torch.autograd.Function):
     """A scalar whose gradients with respect to the parameters have been computed already."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, batch: _Batch | None, *params_and_gradients: Tensor) -> Tensor:
+    def forward(ctx, value: Tensor, batch: _Batch, *params_and_gradients: Tensor) -> Tensor:
         ctx.batch, ctx.params = batch, len(params_and_gradients) // 2
         ctx.save_for_backward(*params_and_gradients[ctx.params :])
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        if ctx.batch is not None:
-            ctx.batch.weight = float(upstream)
+        ctx.batch.weight = float(upstream)
         return None, None, *(upstream * g for g in ctx.saved_tensors), *[None] * ctx.params

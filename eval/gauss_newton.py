@@ -1,0 +1,264 @@
+"""Full Gauss-Newton in small (arXiv 2510.09378): steps to a target loss at one large batch, cost, and fine-tuning.
+
+    python eval/gauss_newton.py study                       # a Llama-type model from scratch; about an hour on one core
+    python eval/gauss_newton.py cost                        # one inner step against one plain training step
+    python eval/gauss_newton.py finetune --model SMOLLM2 --data gsm8k/train.jsonl.gz
+    python eval/gauss_newton.py report                      # tables and plots of what is in the output folder
+
+Bytes of generated English unless --data names a text file. Every method sees batches of the same size: one step of
+AdamW, Muon and SOAP averages over as many sequences as the inner loop of one outer Gauss-Newton step sees one
+micro-batch after the other. Each method gets a grid of learning rates on seed 0; the best one is repeated on the other
+seeds. One JSON a run; runs that are there already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_scalora import GaussNewton, GaussNewtonConfig
+from peft_scalora.files import replace_file
+from peft_scalora.gauss_newton import matrix_names
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
+from acceptability import generate
+
+GAUSS_NEWTON = {
+    "gn": {"variant": "gn"},
+    "gn-prox-linear": {"variant": "prox_linear"},
+    "gn-layerwise": {"variant": "gn", "layerwise": True},
+}
+BASELINES = ("adamw", "muon", "soap")
+RATES = {
+    "adamw": (3e-3, 1e-2, 3e-2),
+    "muon": (3e-2, 6e-2, 1e-1),
+    "soap": (1e-2, 2e-2, 4e-2),
+    **dict.fromkeys(GAUSS_NEWTON, (5e-3, 1e-2, 2e-2)),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of the study."""
+
+    method: str
+    learning_rate: float
+    seed: int = 0
+    inner_steps: int = 64  # N; a large batch is N micro-batches
+    micro_batch: int = 16  # sequences
+    length: int = 64  # bytes a sequence
+    hidden: int = 64
+    layers: int = 2
+    target: float = 0.9  # held-out nats a byte
+    max_steps: int = 80
+
+    def name(self) -> str:
+        return f"{self.method}-n{self.inner_steps}-{self.learning_rate:g}-seed{self.seed}"
+
+
+def byte_stream(path: str | None, size: int, seed: int) -> torch.Tensor:
+    """The acceptable ones of `size` generated sentences, or a file, as one stream of bytes."""
+    if path:
+        with open(path, "rb") as file:
+            return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).long()
+    text = " ".join(row["sentence"] for row in generate("train", size, seed) if row["label"])
+    return torch.tensor(list(text.encode()))
+
+
+class Corpus:
+    """Random windows to train on and fixed ones that are held out."""
+
+    def __init__(self, path: str | None, setting: Setting):
+        train, held_out = byte_stream(path, 60000, 0), byte_stream(path, 2000, 7)
+        if path:
+            train, held_out = train[: len(train) * 9 // 10], train[len(train) * 9 // 10 :]
+        self.train, self.length = train, setting.length
+        self.held_out = held_out[: setting.length * 256].view(-1, setting.length)
+        self.vocabulary = 256 if path else 128
+        self.generator = torch.Generator().manual_seed(setting.seed + 1)
+
+    def batch(self, rows: int) -> torch.Tensor:
+        starts = torch.randint(0, len(self.train) - self.length, (rows,), generator=self.generator)
+        return self.train[starts[:, None] + torch.arange(self.length)]
+
+
+def next_byte_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def make_model(setting: Setting, vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(setting.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=setting.hidden,
+            intermediate_size=setting.hidden * 8 // 3 // 8 * 8,
+            num_hidden_layers=setting.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=vocabulary,
+            max_position_embeddings=setting.length,
+            attn_implementation="eager",
+        )
+    )
+
+
+def baseline_optimizers(model: nn.Module, method: str, lr: float) -> list[torch.optim.Optimizer]:
+    """No weight decay and the same betas everywhere; Muon is for matrices, AdamW for the rest, as inside GN."""
+    betas = (0.9, 0.95)
+    if method == "soap":
+        try:
+            from pytorch_optimizer import SOAP
+        except ImportError as error:
+            raise ImportError("SOAP needs pytorch-optimizer: pip install 'peft-scalora[benchmark]'.") from error
+        return [SOAP(model.parameters(), lr=lr, betas=(0.95, 0.95), weight_decay=0.0, precondition_frequency=1)]
+    names = matrix_names(model) if method == "muon" else set()
+    matrices = [p for n, p in model.named_parameters() if n in names]
+    others = [p for n, p in model.named_parameters() if n not in names]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=0.0)
+    return [adamw, torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)] if matrices else [adamw]
+
+
+def baseline_step(model: nn.Module, setting: Setting) -> Callable[[Corpus], None]:
+    optimizers = baseline_optimizers(model, setting.method, setting.learning_rate)
+    rows = setting.inner_steps * setting.micro_batch
+    part = min(rows, 64)  # sequences in memory at a time
+
+    def step(corpus: Corpus) -> None:
+        for _ in range(rows // part):
+            ids = corpus.batch(part)
+            (next_byte_loss(model(input_ids=ids).logits, ids) * part / rows).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def gauss_newton_step(model: nn.Module, setting: Setting) -> Callable[[Corpus], None]:
+    """One outer step: the inner loop and the line search."""
+    config = GaussNewtonConfig(inner_steps=setting.inner_steps, **GAUSS_NEWTON[setting.method])
+    optimizer = GaussNewton(model.named_parameters(), config, lr=setting.learning_rate, muon=matrix_names(model))
+
+    def step(corpus: Corpus) -> None:
+        done = optimizer.progress["outer_steps"]
+        while optimizer.progress["outer_steps"] == done:
+            # The line search compares on a batch of four micro-batches.
+            ids = corpus.batch(setting.micro_batch * (4 if optimizer.in_line_search else 1))
+
+            def forward(params, ids=ids):
+                return functional_call(model, params, kwargs={"input_ids": ids}).logits
+
+            optimizer.loss(forward, lambda logits, ids=ids: next_byte_loss(logits, ids)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step.optimizer = optimizer
+    return step
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: torch.Tensor) -> float:
+    return next_byte_loss(model(input_ids=rows).logits, rows).item()
+
+
+def run(setting: Setting, data: str | None) -> dict:
+    """Train until the target or `max_steps`; held-out loss, tokens and seconds (without evaluation) at every step."""
+    corpus = Corpus(data, setting)
+    model = make_model(setting, corpus.vocabulary)
+    step = (gauss_newton_step if setting.method in GAUSS_NEWTON else baseline_step)(model, setting)
+    points, seconds = [], 0.0
+    batch = setting.inner_steps * setting.micro_batch
+    line_search = 4 * setting.micro_batch if setting.method in GAUSS_NEWTON else 0
+    bar = tqdm(range(1, setting.max_steps + 1), desc=setting.name())
+    for number in bar:
+        started = time.perf_counter()
+        step(corpus)
+        seconds += time.perf_counter() - started
+        loss = held_out_loss(model, corpus.held_out)
+        points.append(
+            {
+                "step": number,
+                "loss": loss,
+                "tokens": number * (batch + line_search) * setting.length,
+                "seconds": seconds,
+            }
+        )
+        if hasattr(step, "optimizer"):
+            points[-1]["step_size"] = step.optimizer.progress["step_size"]
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if not loss < 50 or loss <= setting.target:
+            break
+    bar.close()
+    return {"setting": asdict(setting), "data": data, "points": points, "torch": torch.__version__}
+
+
+def cached_run(setting: Setting, arguments: argparse.Namespace) -> dict:
+    folder = os.path.join(arguments.output, "study")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{setting.name()}.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    result = run(setting, arguments.data)
+    replace_file(path, json.dumps(result, indent=1))
+    return result
+
+
+def steps_to_target(result: dict) -> float:
+    """The first step at or below the target, infinity if there is none."""
+    target = result["setting"]["target"]
+    return next((point["step"] for point in result["points"] if point["loss"] <= target), float("inf"))
+
+
+def merit(result: dict) -> tuple[float, float]:
+    return steps_to_target(result), result["points"][-1]["loss"]
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """The grid on the first seed, the best rate on the others, then other batch sizes at that rate."""
+    base = Setting("", 0.0, target=arguments.target, max_steps=arguments.max_steps)
+    for method in arguments.methods:
+        limit = arguments.max_steps if method in BASELINES else arguments.max_steps // 3
+        setting = replace(base, method=method, max_steps=limit)
+        grid = [cached_run(replace(setting, learning_rate=rate), arguments) for rate in RATES[method]]
+        best = min(grid, key=merit)["setting"]["learning_rate"]
+        for seed in arguments.seeds:
+            cached_run(replace(setting, learning_rate=best, seed=seed), arguments)
+        for inner_steps in arguments.batch_sizes:
+            if method in ("muon", "gn"):
+                more = replace(setting, learning_rate=best, inner_steps=inner_steps, max_steps=4 * arguments.max_steps)
+                cached_run(more, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("study",))
+    parser.add_argument("--output", default="eval/results/gauss_newton")
+    parser.add_argument("--data", help="a text file; generated sentences unless given")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*GAUSS_NEWTON, *BASELINES], choices=[*GAUSS_NEWTON, *BASELINES]
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--target", type=float, default=0.9)
+    parser.add_argument("--max-steps", type=int, default=80)
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
+    arguments = parser.parse_args()
+    {"study": study}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

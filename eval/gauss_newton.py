@@ -40,12 +40,14 @@ GAUSS_NEWTON = {
     "gn-prox-linear": {"variant": "prox_linear"},
     "gn-layerwise": {"variant": "gn", "layerwise": True},
 }
-BASELINES = ("adamw", "muon", "soap")
+BASELINES = ("muon", "soap", "adamw")
+METHODS = ("gn", "gn-prox-linear", *BASELINES, "gn-layerwise")
+LINE_SEARCH = 4  # micro-batches that choose the step size, at once
 RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "muon": (3e-2, 6e-2, 1e-1),
     "soap": (1e-2, 2e-2, 4e-2),
-    **dict.fromkeys(GAUSS_NEWTON, (5e-3, 1e-2, 2e-2)),
+    **dict.fromkeys(GAUSS_NEWTON, (3e-3, 5e-3, 8e-3)),
 }
 
 
@@ -56,13 +58,13 @@ class Setting:
     method: str
     learning_rate: float
     seed: int = 0
-    inner_steps: int = 64  # N; a large batch is N micro-batches
-    micro_batch: int = 16  # sequences
+    inner_steps: int = 192  # N; a large batch is N micro-batches
+    micro_batch: int = 8  # sequences
     length: int = 64  # bytes a sequence
     hidden: int = 64
     layers: int = 2
     target: float = 0.9  # held-out nats a byte
-    max_steps: int = 80
+    max_steps: int = 50
 
     def name(self) -> str:
         return f"{self.method}-n{self.inner_steps}-{self.learning_rate:g}-seed{self.seed}"
@@ -149,14 +151,13 @@ def baseline_step(model: nn.Module, setting: Setting) -> Callable[[Corpus], None
 
 def gauss_newton_step(model: nn.Module, setting: Setting) -> Callable[[Corpus], None]:
     """One outer step: the inner loop and the line search."""
-    config = GaussNewtonConfig(inner_steps=setting.inner_steps, **GAUSS_NEWTON[setting.method])
+    config = GaussNewtonConfig(inner_steps=setting.inner_steps, line_search_points=10, **GAUSS_NEWTON[setting.method])
     optimizer = GaussNewton(model.named_parameters(), config, lr=setting.learning_rate, muon=matrix_names(model))
 
     def step(corpus: Corpus) -> None:
         done = optimizer.progress["outer_steps"]
         while optimizer.progress["outer_steps"] == done:
-            # The line search compares on a batch of four micro-batches.
-            ids = corpus.batch(setting.micro_batch * (4 if optimizer.in_line_search else 1))
+            ids = corpus.batch(setting.micro_batch * (LINE_SEARCH if optimizer.in_line_search else 1))
 
             def forward(params, ids=ids):
                 return functional_call(model, params, kwargs={"input_ids": ids}).logits
@@ -181,22 +182,15 @@ def run(setting: Setting, data: str | None) -> dict:
     model = make_model(setting, corpus.vocabulary)
     step = (gauss_newton_step if setting.method in GAUSS_NEWTON else baseline_step)(model, setting)
     points, seconds = [], 0.0
-    batch = setting.inner_steps * setting.micro_batch
-    line_search = 4 * setting.micro_batch if setting.method in GAUSS_NEWTON else 0
+    micro_batches = setting.inner_steps + (LINE_SEARCH if setting.method in GAUSS_NEWTON else 0)
+    tokens = micro_batches * setting.micro_batch * setting.length
     bar = tqdm(range(1, setting.max_steps + 1), desc=setting.name())
     for number in bar:
         started = time.perf_counter()
         step(corpus)
         seconds += time.perf_counter() - started
         loss = held_out_loss(model, corpus.held_out)
-        points.append(
-            {
-                "step": number,
-                "loss": loss,
-                "tokens": number * (batch + line_search) * setting.length,
-                "seconds": seconds,
-            }
-        )
+        points.append({"step": number, "loss": loss, "tokens": number * tokens, "seconds": seconds})
         if hasattr(step, "optimizer"):
             points[-1]["step_size"] = step.optimizer.progress["step_size"]
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -249,12 +243,10 @@ def main() -> None:
     parser.add_argument("command", choices=("study",))
     parser.add_argument("--output", default="eval/results/gauss_newton")
     parser.add_argument("--data", help="a text file; generated sentences unless given")
-    parser.add_argument(
-        "--methods", nargs="+", default=[*GAUSS_NEWTON, *BASELINES], choices=[*GAUSS_NEWTON, *BASELINES]
-    )
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=0.9)
-    parser.add_argument("--max-steps", type=int, default=80)
+    parser.add_argument("--max-steps", type=int, default=50)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     arguments = parser.parse_args()
     {"study": study}[arguments.command](arguments)

@@ -384,3 +384,14 @@ def test_refusals():
 def test_config_names_the_field_and_the_value(settings, message):
     with pytest.raises(ValueError, match=message):
         GaussNewtonConfig(**settings)
+
+
+def test_the_studys_settings():
+    config, arguments = GaussNewtonConfig.study("45m", variant="prox_linear")
+    assert (config.inner_steps, config.line_search_points, config.variant) == (122, 5, "prox_linear")
+    assert arguments["learning_rate"] == 1e-2 and arguments["per_device_train_batch_size"] == 32
+    config, arguments = GaussNewtonConfig.study("150m")
+    assert (config.inner_steps, config.line_search_points, config.anchor_l2) == (1831, 10, 0.01)
+    assert arguments["learning_rate"] == 3e-3 and arguments["per_device_train_batch_size"] == 128
+    with pytest.raises(ValueError, match="size='7b' must be one of '45m', '150m'"):
+        GaussNewtonConfig.study("7b")

@@ -10,6 +10,25 @@ from .linearize import VARIANTS
 INNER_OPTIMIZERS = ("muon", "adamw", "cg")
 INNER_SCHEDULES = ("constant", "cosine")
 
+# arXiv 2510.09378 by model size: fields of GaussNewtonConfig, and of TrainingArguments. At its large batches a constant
+# rate with a cosine in each inner loop is best, at medium ones a global cosine.
+_STUDY = {
+    "45m": (
+        {"inner_steps": 122, "inner_schedule": "constant", "line_search_points": 5},
+        {
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "per_device_train_batch_size": 32,
+            "max_grad_norm": 1.0,
+            "weight_decay": 1e-3,
+        },
+    ),
+    "150m": (
+        {"inner_steps": 1831, "inner_schedule": "cosine", "anchor_l2": 0.01, "line_search_points": 10},
+        {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "per_device_train_batch_size": 128},
+    ),
+}
+
 
 @dataclass(frozen=True)
 class GaussNewtonConfig:
@@ -63,3 +82,15 @@ class GaussNewtonConfig:
                 "inner_optimizer='cg' solves the quadratic model of the whole network: use it with variant='gn' and "
                 "layerwise=False, or choose 'muon' or 'adamw'."
             )
+
+    @classmethod
+    def study(cls, size: Literal["45m", "150m"], **changes) -> tuple[GaussNewtonConfig, dict]:
+        """Settings published for a model of that size: the config, and the fields of TrainingArguments that go with it.
+
+        config, arguments = GaussNewtonConfig.study("45m", layerwise=True)
+        Trainer(model, TrainingArguments("run", **arguments), ..., callbacks=[GaussNewtonCallback(config)])
+        """
+        if size not in _STUDY:
+            raise ValueError(f"size={size!r} must be one of {', '.join(map(repr, _STUDY))}.")
+        fields, arguments = _STUDY[size]
+        return cls(**fields | changes), dict(arguments)

@@ -1,8 +1,7 @@
-"""Full Gauss-Newton in small (arXiv 2510.09378): steps to a target loss at one large batch, cost, and fine-tuning.
+"""Full Gauss-Newton in small (arXiv 2510.09378): steps, tokens and seconds to a target loss at one large batch.
 
     python eval/gauss_newton.py study                       # a Llama-type model from scratch; about an hour on one core
-    python eval/gauss_newton.py cost                        # one inner step against one plain training step
-    python eval/gauss_newton.py finetune --model SMOLLM2 --data gsm8k/train.jsonl.gz
+    python eval/gauss_newton.py study --methods gn muon --batch-sizes 16 48      # the same at smaller batches
     python eval/gauss_newton.py report                      # tables and plots of what is in the output folder
 
 Bytes of generated English unless --data names a text file. Every method sees batches of the same size: one step of
@@ -14,8 +13,10 @@ seeds. One JSON a run; runs that are there already are not repeated.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_scalora import GaussNewton, GaussNewtonConfig
-from peft_scalora.files import replace_file
+from peft_scalora.files import replace_file, replacing
 from peft_scalora.gauss_newton import matrix_names
+from peft_scalora.plots import require_matplotlib
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
 from acceptability import generate
@@ -47,7 +49,7 @@ RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "muon": (3e-2, 6e-2, 1e-1),
     "soap": (1e-2, 2e-2, 4e-2),
-    **dict.fromkeys(GAUSS_NEWTON, (2e-3, 3e-3, 5e-3)),
+    **dict.fromkeys(GAUSS_NEWTON, (3e-3, 5e-3, 8e-3)),
 }
 
 
@@ -58,13 +60,13 @@ class Setting:
     method: str
     learning_rate: float
     seed: int = 0
-    inner_steps: int = 192  # N; a large batch is N micro-batches
+    inner_steps: int = 128  # N; a large batch is N micro-batches
     micro_batch: int = 8  # sequences
     length: int = 64  # bytes a sequence
     hidden: int = 64
     layers: int = 2
     target: float = 0.9  # held-out nats a byte
-    max_steps: int = 50
+    max_steps: int = 60
 
     def name(self) -> str:
         return f"{self.method}-n{self.inner_steps}-{self.learning_rate:g}-seed{self.seed}"
@@ -111,6 +113,7 @@ def make_model(setting: Setting, vocabulary: int) -> LlamaForCausalLM:
             num_key_value_heads=4,
             vocab_size=vocabulary,
             max_position_embeddings=setting.length,
+            initializer_range=setting.hidden**-0.5,  # transformers' 0.02 is for widths in the thousands
             attn_implementation="eager",
         )
     )
@@ -177,7 +180,7 @@ def held_out_loss(model: nn.Module, rows: torch.Tensor) -> float:
 
 
 def run(setting: Setting, data: str | None) -> dict:
-    """Train until the target or `max_steps`; held-out loss, tokens and CPU seconds (without evaluation) at every step."""
+    """Train until the target or `max_steps`: held-out loss, tokens and CPU seconds (without evaluation) by step."""
     corpus = Corpus(data, setting)
     model = make_model(setting, corpus.vocabulary)
     step = (gauss_newton_step if setting.method in GAUSS_NEWTON else baseline_step)(model, setting)
@@ -241,19 +244,110 @@ def study(arguments: argparse.Namespace) -> None:
                 cached_run(more, arguments)
 
 
+def load_runs(folder: str) -> list[dict]:
+    runs = []
+    for path in sorted(glob.glob(os.path.join(folder, "study", "*.json"))):
+        with open(path, encoding="utf-8") as file:
+            runs.append(json.load(file))
+    return runs
+
+
+def best_runs(runs: list[dict], method: str, inner_steps: int) -> list[dict]:
+    """One run a seed, at the rate that is best on seed 0."""
+    runs = [r for r in runs if (r["setting"]["method"], r["setting"]["inner_steps"]) == (method, inner_steps)]
+    grid = [r for r in runs if r["setting"]["seed"] == 0]
+    if not grid:
+        return []
+    rate = min(grid, key=merit)["setting"]["learning_rate"]
+    return sorted((r for r in runs if r["setting"]["learning_rate"] == rate), key=lambda r: r["setting"]["seed"])
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median and range."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:{form}}" if low == high else f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def table(runs: list[dict], inner_steps: int) -> str:
+    """Markdown: steps, tokens and CPU seconds to the target, median and range over seeds."""
+    lines = ["| | learning rate (tried) | seeds | steps | million tokens | CPU seconds |", "|---|---|---|---|---|---|"]
+    for method in METHODS:
+        best = best_runs(runs, method, inner_steps)
+        if not best:
+            continue
+        same = [r["setting"] for r in runs if r["setting"]["method"] == method]
+        tried = sorted({s["learning_rate"] for s in same if s["inner_steps"] == inner_steps and s["seed"] == 0})
+        rates = f"{best[0]['setting']['learning_rate']:g} ({', '.join(f'{rate:g}' for rate in tried)})"
+        ends = [r["points"][-1] for r in best]
+        if min(map(steps_to_target, best)) == float("inf"):
+            cells = f"more than {ends[0]['step']} (loss {ends[0]['loss']:.2f}) | | "
+        else:
+            steps = spread([steps_to_target(r) for r in best], ".0f")
+            tokens, seconds = (spread([e[k] * f for e in ends], ".2g") for k, f in (("tokens", 1e-6), ("seconds", 1)))
+            cells = f"{steps} | {tokens} | {seconds}"
+        lines.append(f"| {method} | {rates} | {len(best)} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw(path: str, runs: list[dict], inner_steps: int, target: float) -> None:
+    """Held-out loss against steps, tokens and CPU seconds; the best rate of each method, all seeds."""
+    pyplot = require_matplotlib()
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
+    axes_of = (
+        ("step", 1, "steps of one large batch"),
+        ("tokens", 1e-6, "million tokens"),
+        ("seconds", 1, "CPU seconds"),
+    )
+    for index, method in enumerate(METHODS):
+        for result in best_runs(runs, method, inner_steps):
+            style = {"color": f"C{index}", "linewidth": 1.5, "alpha": 0.8}
+            label = method if result["setting"]["seed"] == 0 else None
+            for axis, (name, factor, _) in zip(axes, axes_of):
+                axis.plot(
+                    [p[name] * factor for p in result["points"]],
+                    [p["loss"] for p in result["points"]],
+                    **style,
+                    label=label,
+                )
+    for axis, (_, _, xlabel) in zip(axes, axes_of):
+        axis.axhline(target, color="black", linewidth=0.8, linestyle=":")
+        axis.set(xlabel=xlabel, xscale="log", ylim=(target - 0.15, 5))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="held-out nats a byte")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="lower center", ncol=len(METHODS))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    pyplot.close(figure)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Tables and plots of all runs in the output folder, for each batch size."""
+    runs = load_runs(arguments.output)
+    texts = []
+    for inner_steps in sorted({r["setting"]["inner_steps"] for r in runs}, reverse=True):
+        sequences = inner_steps * Setting("", 0.0).micro_batch
+        texts.append(f"Batches of {sequences} sequences (N = {inner_steps}):\n\n{table(runs, inner_steps)}\n")
+    replace_file(os.path.join(arguments.output, "study.md"), "\n".join(texts))
+    first = Setting("", 0.0)
+    draw(os.path.join(arguments.output, "study.png"), runs, first.inner_steps, runs[0]["setting"]["target"])
+    print("\n".join(texts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("study",))
+    parser.add_argument("command", choices=("study", "report"))
     parser.add_argument("--output", default="eval/results/gauss_newton")
     parser.add_argument("--data", help="a text file; generated sentences unless given")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--learning-rates", type=float, nargs="+", help="instead of each method's own grid")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=0.9)
-    parser.add_argument("--max-steps", type=int, default=50)
+    parser.add_argument("--max-steps", type=int, default=60)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     arguments = parser.parse_args()
-    {"study": study}[arguments.command](arguments)
+    {"study": study, "report": report}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

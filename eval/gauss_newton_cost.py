@@ -1,6 +1,6 @@
 """What one inner Gauss-Newton step costs: time and memory over a plain training step.
 
-    python eval/gauss_newton_cost.py --layers 8 --repeats 9
+    python eval/gauss_newton_cost.py --repeats 9
 
 Plain steps (AdamW, the attention transformers picks) and inner steps (AdamW inside, eager attention) train the same
 randomly initialised model on the same batch in turns, in one process. Ratios are taken pair by pair and summarised by
@@ -14,7 +14,6 @@ import copy
 import json
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable
 
@@ -89,14 +88,20 @@ def seconds(arguments: argparse.Namespace, trained: str) -> dict[str, list[float
     return spent
 
 
+def _peak() -> int:
+    """This process's peak memory in bytes (Linux)."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
 def _peak_growth(queue, arguments: argparse.Namespace, trained: str, name: str) -> None:
     torch.set_num_threads(1)
     model, ids = make_model(arguments.shape, arguments.layers, trained), batch(arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak()
     step = make_step(model, ids, name)
     for _ in range(2):
         step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    queue.put(_peak() - before)
 
 
 def peak_growth(arguments: argparse.Namespace, trained: str, name: str) -> int:
@@ -128,7 +133,7 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=512, help="tokens a step")
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)

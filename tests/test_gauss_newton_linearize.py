@@ -2,6 +2,7 @@
 
 import copy
 
+import curvlinops
 import numpy as np
 import pytest
 import torch
@@ -174,7 +175,6 @@ def test_ggn_product_equals_explicit_matrices(name, loss):
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=["cross-entropy", "MSE"])
 def test_ggn_product_equals_curvlinops(loss):
-    curvlinops = pytest.importorskip("curvlinops")
     model, x = mlp()
     model, x = model.double(), x.double()
     params = dict(model.named_parameters())

@@ -79,7 +79,8 @@ def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor
 def _gn_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
     """ℓ + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩ and ∇ℓ + H Jδ."""
     value, gradient, HJd = _derivatives(loss, outputs, Jd)
-    return value + (gradient * Jd).sum() + 0.5 * (HJd * Jd).sum(), gradient + HJd
+    value = value + torch.sum(gradient * Jd) + 0.5 * torch.sum(HJd * Jd)
+    return value, HJd.add_(gradient)
 
 
 def _prox_linear_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:

@@ -227,6 +227,20 @@ def test_sft_trainer(tmp_path):
     assert 0 < logs[0]["entropy"] and 0 <= logs[0]["mean_token_accuracy"] <= 1
 
 
+def test_token_weights_that_cannot_work_are_refused(tmp_path):
+    class WeighTokens(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            batch = {name: torch.tensor(token_rows(2)[name]) for name in ("input_ids", "labels")}
+            log_probs = model(**batch, fused_lm_head=True).log_probs
+            with pytest.raises(ValueError, match="does not weigh all tokens alike"):
+                (log_probs * torch.arange(log_probs.numel()).view_as(log_probs)).sum().backward()
+            control.should_training_stop = True
+
+    sft(tmp_path, [GaussNewtonCallback(), WeighTokens()], max_steps=1).train()
+    with pytest.raises(ValueError, match="loss_type='dft': use loss_type='nll'"):
+        sft(tmp_path, [GaussNewtonCallback()], loss_type="dft").train()
+
+
 # Refusals, each before the first step.
 
 

@@ -100,6 +100,8 @@ def take_over(optimizer, model: nn.Module, config: GaussNewtonConfig) -> GaussNe
     taken = GaussNewton(groups, config, muon=matrix_names(model) if config.inner_optimizer == "muon" else None)
     if optimizer.state:
         taken.load_state_dict(optimizer.state_dict())
+        optimizer.state.clear()
+        optimizer.param_groups[0].pop("gauss_newton")
     return taken
 
 

@@ -139,8 +139,8 @@ class LinearizedForward:
 
 
 def _fused_output(outputs, labels: Tensor, shift_labels: Tensor | None = None, **_):
-    """What TRL's trainers ask their models for: figures of each token, from which they compute the loss as minus the
-    sum of the log-probabilities over a number. That sum is `outputs.loss`, here spread evenly over the tokens."""
+    """What TRL's trainers ask their models for: figures of each token, from which SFTTrainer computes the loss as minus
+    the sum of the log-probabilities over a number. That sum is `outputs.loss`, here spread evenly over the tokens."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     logits = outputs.logits if shift_labels is not None else outputs.logits[:, :-1]
@@ -149,8 +149,28 @@ def _fused_output(outputs, labels: Tensor, shift_labels: Tensor | None = None, *
     log_p = logits.float().log_softmax(-1)
     return FusedCausalLMOutput(
         loss=outputs.loss,
-        log_probs=-outputs.loss * mask / mask.sum().clamp(min=1),
+        log_probs=_EvenLogProbabilities.apply(outputs.loss, mask),
         entropy=-(log_p.exp() * log_p).sum(-1) * mask,
         is_top1=(logits.argmax(-1) == targets) & mask,
         label_mask=mask,
     )
+
+
+class _EvenLogProbabilities(torch.autograd.Function):
+    """-loss / tokens at every token of the mask; good for losses that weigh all tokens alike, and for no others."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return -loss * mask / mask.sum().clamp(min=1)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (mask,) = ctx.saved_tensors
+        weights = upstream[mask]
+        if (weights != weights[:1]).any():
+            raise ValueError(
+                "Gauss-Newton got a loss that does not weigh all tokens alike, as preference and reinforcement "
+                "learning have: it trains with Trainer and with SFTTrainer's loss_type='nll' only."
+            )
+        return -weights.mean() if len(weights) else torch.zeros_like(upstream.sum()), None

@@ -193,7 +193,7 @@ class GaussNewton(torch.optim.Optimizer):
                 with self.unchanged_randomness():
                     part = ggn_product(batch.forward, batch.loss, self._params, vector)
                 for name in total:
-                    total[name].add_(part[name], alpha=batch.weight)
+                    total[name].add_(batch.weight * part[name])
             return {
                 name: _mean_over_ranks(t).add(vector[name], alpha=self.config.anchor_l2) for name, t in total.items()
             }
@@ -302,7 +302,8 @@ class _Batch:
     its loss, which `backward` tells."""
 
     def __init__(self, forward: Forward, loss: Loss):
-        self.forward, self.loss, self.weight = forward, loss, 1.0
+        self.forward, self.loss = forward, loss
+        self.weight: float | Tensor = 1.0
         self.losses: Tensor | None = None
 
 
@@ -317,5 +318,5 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        ctx.batch.weight = float(upstream)
+        ctx.batch.weight = upstream.detach()
         return None, None, *(upstream * g for g in ctx.saved_tensors), *[None] * ctx.params

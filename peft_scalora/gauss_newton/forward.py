@@ -103,23 +103,22 @@ class LinearizedForward:
             self._check_loss(args, kwargs, labels, loss_kwargs)
         if fused_lm_head:
             loss_kwargs["num_items_in_batch"] = 1  # a sum over tokens, which the caller divides
-        seen = []
+        outputs = None
 
         def forward(params: dict[str, Tensor]) -> Tensor:
+            nonlocal outputs
             named = {f"model.{name}": tensor for name, tensor in params.items()}
-            seen.append(functional_call(self._caller, named, args, kwargs))
-            return seen[-1].logits
+            outputs = functional_call(self._caller, named, args, kwargs)
+            return outputs.logits
 
-        loss = functools.partial(self.loss, labels=labels, **loss_kwargs)
         try:
-            value = self.optimizer.loss(forward, lambda logits: loss(logits))
+            value = self.optimizer.loss(forward, functools.partial(self.loss, labels=labels, **loss_kwargs))
         except NotImplementedError as error:
             reason = str(error).partition("\n")[0]
             raise NotImplementedError(
                 f"Gauss-Newton needs forward-mode differentiation, which a part of the model lacks ({reason}). Switch "
                 "off fused kernels (attn_implementation='eager', no liger or hub kernels)."
             ) from error
-        outputs = seen[-1]
         outputs.loss, outputs.logits = value, outputs.logits.detach()
         return _fused_output(outputs, labels, **loss_kwargs) if fused_lm_head else outputs
 

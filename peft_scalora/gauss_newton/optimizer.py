@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,7 @@ class GaussNewton(torch.optim.Optimizer):
         self._alphas = step_sizes(self.config.line_search_points)
         start = {"position": 0, "outer_steps": 0, "step_size": math.nan, "loss": math.nan}
         start |= {"losses": [0.0] * len(self._alphas), "damping": self.config.damping, "predicted": 0.0}
+        start |= {"config": asdict(self.config)}
         self.param_groups[0].setdefault("gauss_newton", start)
 
     # What a loop may look at.
@@ -242,7 +244,20 @@ class GaussNewton(torch.optim.Optimizer):
             self.state[p] = {"step": torch.zeros(()), **inner.get(delta, {}), "delta": delta}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue where the saved optimizer was, within an inner loop too."""
+        """Continue where the saved optimizer was, within an inner loop too.
+
+        Raises:
+            ValueError: the state is another optimizer's, or was saved with another config.
+        """
+        saved = state_dict["param_groups"][0].get("gauss_newton")
+        if saved is None:
+            raise ValueError("the saved optimizer is not a GaussNewton: start from the saved model, without its state.")
+        changed = [name for name, value in asdict(self.config).items() if saved["config"].get(name) != value]
+        if changed:
+            raise ValueError(
+                f"the saved optimizer had another GaussNewtonConfig ({', '.join(changed)}): resume with the same one, "
+                "or start from the saved model, without the optimizer's state."
+            )
         super().load_state_dict(state_dict)
         for name, p in self._params.items():
             if p in self.state:

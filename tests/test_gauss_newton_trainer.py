@@ -281,7 +281,7 @@ def test_an_operation_without_forward_mode_is_named_with_the_remedy(tmp_path, mo
         trainer.train()
 
 
-class Scaled(LlamaForCausalLM):
+class ShiftedForCausalLM(LlamaForCausalLM):
     """Adds to its loss something that no function of the logits gives."""
 
     def forward(self, input_ids=None, labels=None, **kwargs):
@@ -291,15 +291,17 @@ class Scaled(LlamaForCausalLM):
 
 
 def test_a_loss_that_is_not_a_function_of_the_logits_is_refused_not_dropped(tmp_path):
-    model = Scaled(language_model().config)
-    with pytest.raises(ValueError, match=r"Scaled computes a loss of .* pass GaussNewtonCallback\(config, loss=...\)"):
+    model = ShiftedForCausalLM(language_model().config)
+    with pytest.raises(
+        ValueError, match=r"ShiftedForCausalLM computes a loss of .* pass GaussNewtonCallback\(config, loss=...\)"
+    ):
         make_trainer(tmp_path, model=model).train()
 
     def loss(logits, labels, num_items_in_batch=None):
         total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         return total / num_items_in_batch + 1.0
 
-    trainer = make_trainer(tmp_path, model=Scaled(language_model().config), loss=loss)
+    trainer = make_trainer(tmp_path, model=ShiftedForCausalLM(language_model().config), loss=loss)
     trainer.train()
     assert trainer.state.log_history[-2]["gauss_newton/loss"] > 1.0
 

@@ -48,7 +48,7 @@ LINE_SEARCH = 4  # micro-batches that choose the step size, at once
 RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "muon": (2e-2, 3e-2, 6e-2, 1e-1),
-    "soap": (1e-2, 2e-2, 4e-2),
+    "soap": (5e-3, 1e-2, 2e-2),
     **dict.fromkeys(GAUSS_NEWTON, (3e-3, 5e-3, 8e-3)),
 }
 

@@ -292,9 +292,7 @@ class ShiftedForCausalLM(LlamaForCausalLM):
 
 def test_a_loss_that_is_not_a_function_of_the_logits_is_refused_not_dropped(tmp_path):
     model = ShiftedForCausalLM(language_model().config)
-    with pytest.raises(
-        ValueError, match=r"ShiftedForCausalLM computes a loss of .* pass GaussNewtonCallback\(config, loss=...\)"
-    ):
+    with pytest.raises(ValueError, match=r"ShiftedForCausalLM computes a loss of .* pass GaussNewtonCallback\("):
         make_trainer(tmp_path, model=model).train()
 
     def loss(logits, labels, num_items_in_batch=None):

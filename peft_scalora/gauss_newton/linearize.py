@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 VARIANTS = ("gn", "prox_linear")
 Tensors = Mapping[str, Tensor]
@@ -58,10 +60,30 @@ def ggn_product(forward: Forward, loss: Loss, params: Tensors, vector: Tensors) 
 def _outputs_and_tangent(forward: Forward, params: Tensors, delta: Tensors):
     """f with its graph, down to new leaves for the parameters in `delta`, and Jδ without one."""
     leaves = {name: params[name].detach().requires_grad_() for name in delta}
-    with torch.enable_grad(), forward_ad.dual_level():
+    with torch.enable_grad(), forward_ad.dual_level(), _LinearLayers():
         duals = {name: forward_ad.make_dual(leaf, delta[name]) for name, leaf in leaves.items()}
         outputs, tangent = forward_ad.unpack_dual(forward({**params, **duals}))
     return leaves, outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
+
+
+class _LinearLayers(TorchFunctionMode):
+    """Linear layers on dual numbers as one would write them by hand. torch multiplies by a tangent of zeros where a
+    weight is frozen, and keeps a graph behind every tangent, through which nothing ever goes back."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_dual_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b with the tangent ẋ Wᵀ + x Ẇᵀ + ḃ, of the terms that there are."""
+    (x, dx), (W, dW) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weight)
+    b, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    y = F.linear(x, W, b)
+    with torch.no_grad():
+        terms = [F.linear(a, B) for a, B in ((dx, W), (x, dW)) if a is not None and B is not None]
+        terms += [] if db is None else [db]
+        tangent = sum(terms).expand_as(y) if terms else None
+    return y if tangent is None else forward_ad.make_dual(y, tangent)
 
 
 def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What one inner Gauss-Newton step costs: time and memory over a plain training step.
 
-    python eval/gauss_newton_cost.py --repeats 9
+    export MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory, as CUDA's
+    python eval/gauss_newton_cost.py --repeats 9                                  # allocator does
 
 Plain steps (AdamW, the attention transformers picks) and inner steps (AdamW inside, eager attention) train the same
 randomly initialised model on the same batch in turns, in one process. Ratios are taken pair by pair and summarised by

@@ -60,18 +60,25 @@ def ggn_product(forward: Forward, loss: Loss, params: Tensors, vector: Tensors) 
 def _outputs_and_tangent(forward: Forward, params: Tensors, delta: Tensors):
     """f with its graph, down to new leaves for the parameters in `delta`, and Jδ without one."""
     leaves = {name: params[name].detach().requires_grad_() for name in delta}
-    with torch.enable_grad(), forward_ad.dual_level(), _LinearLayers():
+    with torch.enable_grad(), forward_ad.dual_level(), _HandWrittenTangents():
         duals = {name: forward_ad.make_dual(leaf, delta[name]) for name, leaf in leaves.items()}
         outputs, tangent = forward_ad.unpack_dual(forward({**params, **duals}))
     return leaves, outputs, torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
 
-class _LinearLayers(TorchFunctionMode):
-    """Linear layers on dual numbers as one would write them by hand. torch multiplies by a tangent of zeros where a
-    weight is frozen, and keeps a graph behind every tangent, through which nothing ever goes back."""
+_ACTIVATIONS = (torch._C._nn.silu, torch._C._nn.gelu)  # what F.silu and F.gelu come down to
+
+
+class _HandWrittenTangents(TorchFunctionMode):
+    """Linear layers and activations on dual numbers as one would write them by hand. torch multiplies by a tangent of
+    zeros where a weight is frozen, and keeps a graph behind every tangent, through which nothing ever goes back."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (_dual_linear if func is F.linear else func)(*args, **(kwargs or {}))
+        if func is F.linear:
+            return _dual_linear(*args, **(kwargs or {}))
+        if func in _ACTIVATIONS:
+            return _dual_activation(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,6 +91,17 @@ def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         terms += [] if db is None else [db]
         tangent = sum(terms).expand_as(y) if terms else None
     return y if tangent is None else forward_ad.make_dual(y, tangent)
+
+
+def _dual_activation(func: Callable[..., Tensor], input: Tensor, **kwargs) -> Tensor:
+    """φ(x) with the tangent φ'(x) ẋ from the fused backward kernel, which torch takes only where there is no graph."""
+    x, dx = forward_ad.unpack_dual(input)
+    y = func(x, **kwargs)
+    if dx is None:
+        return y
+    with torch.no_grad():
+        tangent = forward_ad.unpack_dual(func(forward_ad.make_dual(x.detach(), dx.detach()), **kwargs)).tangent
+    return forward_ad.make_dual(y, tangent)
 
 
 def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +119,8 @@ def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor
 def _gn_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
     """ℓ + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩ and ∇ℓ + H Jδ."""
     value, gradient, HJd = _derivatives(loss, outputs, Jd)
-    value = value + torch.sum(gradient * Jd) + 0.5 * torch.sum(HJd * Jd)
+    flat = Jd.flatten()
+    value = value + gradient.flatten() @ flat + 0.5 * (HJd.flatten() @ flat)
     return value, HJd.add_(gradient)
 
 

@@ -282,7 +282,9 @@ def table(runs: list[dict], inner_steps: int) -> str:
         if min(map(steps_to_target, best)) == float("inf"):
             cells = f"more than {ends[0]['step']} (loss {ends[0]['loss']:.2f}) | | "
         else:
-            steps = spread([steps_to_target(r) for r in best], ".0f")
+            steps = spread([steps_to_target(r) for r in best], ".0f").replace(
+                "inf", f"more than {max(e['step'] for e in ends)}"
+            )
             tokens, seconds = (spread([e[k] * f for e in ends], ".2g") for k, f in (("tokens", 1e-6), ("seconds", 1)))
             cells = f"{steps} | {tokens} | {seconds}"
         lines.append(f"| {method} | {rates} | {len(best)} | {cells} |")

@@ -18,9 +18,13 @@ bench: .venv/quickstart/installed
 lint: .venv/dev/installed
 	.venv/dev/bin/ruff check . && .venv/dev/bin/ruff format --check .
 
+# The oracle of the Gauss-Newton tests. Its torchvision is not used, and one that does not fit torch breaks transformers.
+ORACLE = curvlinops-for-pytorch backpack-for-pytorch
+
 .venv/%/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(if $(filter test,$*),.venv/$*/bin/python -m pip install --quiet --constraint constraints.txt --no-deps $(ORACLE))
 	touch $@
 
 clean:

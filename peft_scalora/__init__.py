@@ -10,6 +10,9 @@ from .version import __version__
 # Imported on first use: they need parts of transformers that a plain training script does not.
 _LAZY = {
     "ExportReport": "export",
+    "GaussNewton": "gauss_newton",
+    "GaussNewtonCallback": "gauss_newton.callback",
+    "GaussNewtonConfig": "gauss_newton",
     "MergeReport": "merged",
     "ScaLoRACallback": "callbacks",
     "StabilityCallback": "stability.callbacks",

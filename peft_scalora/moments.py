@@ -2,7 +2,7 @@
 
 ∂loss/∂Ã = s G B̃ = (∂loss/∂A) diag(β): the gradient history of a factor is scaled by the *other* factor's scales
 (Lemmas 3.3, 3.6). A state that is linear in past gradients is multiplied by that scale, one that holds their squares by
-its square, one that holds ratios of both not at all.
+its square, one that holds ratios of both not at all, and a change of the factor that is yet to come by its inverse.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ RULES: dict[str, dict[str, int]] = {
     "SGD": {"momentum_buffer": 1},
     "Muon": {"momentum_buffer": 1},
     "Lion": {"exp_avg": 1},
+    # J δ is unchanged: δ moves against the gradients.
+    "GaussNewton": {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1, "delta": -1},
 }
 # DeepSpeed's own, with torch's names of the states.
 _DEEPSPEED_RULES = {"FusedAdam": _ADAM, "DeepSpeedCPUAdam": _ADAM}

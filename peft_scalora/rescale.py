@@ -147,6 +147,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     # Without a rule and without state it may be a wrapper, whose inner optimizer runs this hook again.
     if not LAYERS or not (rule_for(optimizer) or any(optimizer.state.values())):
         return
+    if not getattr(optimizer, "begins_outer_step", True):  # GaussNewton's other steps leave the weights alone
+        return
     targets = _targets_of(optimizer)
     if not targets:
         install_deepspeed_hook()  # the optimizer may be stepping a flat partition of all parameters

@@ -1,0 +1,150 @@
+"""Gauss-Newton training under an unmodified Trainer."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from transformers import TrainerCallback
+
+from .config import GaussNewtonConfig
+from .forward import LinearizedForward, LogitsLoss, base_model, task_loss
+from .grouping import matrix_names
+from .optimizer import GaussNewton
+
+logger = logging.getLogger(__name__)
+
+
+class GaussNewtonCallback(TrainerCallback):
+    """Trains with Gauss-Newton: `Trainer(..., callbacks=[GaussNewtonCallback(config)])`, SFTTrainer included.
+
+    One step of Trainer is one step of `GaussNewton`: `inner_steps` of them, each on its own batch, move δ, the next
+    `line_search_steps` choose the step size on theirs and commit. Learning rate, its schedule, weight decay, AdamW's
+    betas, clipping, accumulation and logging stay Trainer's. The model holds the committed weights all the time, so
+    evaluation and saved models are of those. The last outer step is cut short where `max_steps` ends.
+
+    When training begins, the optimizer that Trainer made is replaced by one on the same parameters and `model.forward`
+    by one whose loss is linearized; when it ends, both are put back. Attention without forward-mode rules (SDPA, flash)
+    is switched to "eager" meanwhile, with a warning.
+
+    Logs gauss_newton/outer_step, gauss_newton/step_size (0: rejected) and gauss_newton/loss: that of the committed
+    weights on the batches of the line search.
+
+    Args:
+        config: settings of the method.
+        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own.
+
+    Raises (when training begins):
+        ValueError: a setting of Trainer or the model stands against it; names the remedy.
+    """
+
+    def __init__(self, config: GaussNewtonConfig | None = None, loss: LogitsLoss | None = None):
+        self.config, self.loss = config or GaussNewtonConfig(), loss
+        self.optimizer: GaussNewton | None = None
+        self._undo: list = []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self._put_back()
+        check_arguments(args, self.config)
+        check_model(model)
+        loss = self.loss or task_loss(model)
+        self._switch_attention(base_model(model))
+        replaced = optimizer.optimizer
+        self.optimizer = take_over(replaced, model, self.config)
+        optimizer.optimizer = self.optimizer
+        self._undo.append(lambda: setattr(optimizer, "optimizer", replaced))
+        forward = LinearizedForward(model, self.optimizer, loss)
+        forward.install()
+        self._undo.append(forward.remove)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        inside = not (self.optimizer.in_line_search or self.optimizer.begins_outer_step)
+        if inside and state.max_steps - state.global_step <= self.config.line_search_steps:
+            self.optimizer.start_line_search()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.optimizer is None or logs is None or "loss" not in logs or not self.optimizer.progress["outer_steps"]:
+            return
+        progress = self.optimizer.progress
+        figures = {"gauss_newton/outer_step": progress["outer_steps"]}
+        figures |= {f"gauss_newton/{name}": progress[name] for name in ("step_size", "loss")}
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.optimizer.begins_outer_step:
+            logger.warning(
+                "Gauss-Newton: training ended within an outer step; its last %d inner steps are not in the weights.",
+                min(self.optimizer.progress["position"], self.config.inner_steps),
+            )
+        self._put_back()
+
+    def _put_back(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.optimizer = None
+
+    def _switch_attention(self, model: nn.Module) -> None:
+        before = getattr(model.config, "_attn_implementation", "eager")
+        if before == "eager":
+            return
+        model.set_attn_implementation("eager")
+        self._undo.append(lambda: model.set_attn_implementation(before))
+        logger.warning("Gauss-Newton: attention %r has no forward-mode rule; training uses 'eager'.", before)
+
+
+def take_over(optimizer, model: nn.Module, config: GaussNewtonConfig) -> GaussNewton:
+    """A GaussNewton on the parameters, groups and (after a checkpoint was loaded) the state of `optimizer`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [g | {"param_names": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    taken = GaussNewton(groups, config, muon=matrix_names(model) if config.inner_optimizer == "muon" else None)
+    if optimizer.state:
+        taken.load_state_dict(optimizer.state_dict())
+        optimizer.state.clear()
+        optimizer.param_groups[0].pop("gauss_newton")
+    return taken
+
+
+def check_arguments(args, config: GaussNewtonConfig) -> None:
+    """Refuse what Gauss-Newton cannot train with, before the first step."""
+    refused = {
+        "fp16": (args.fp16, "it trains in float32; leave it out"),
+        "bf16": (args.bf16, "it trains in float32; pass bf16=False"),
+        "gradient_checkpointing": (
+            args.gradient_checkpointing,
+            "recomputed activations lose their tangents; pass gradient_checkpointing=False and a smaller batch with "
+            "gradient_accumulation_steps",
+        ),
+        "torch_compile": (args.torch_compile, "compiled graphs have no forward mode; leave it out"),
+        "deepspeed": (args.deepspeed, "sharded parameters have no tangents; use DDP"),
+        "fsdp": (args.fsdp, "sharded parameters have no tangents; use DDP"),
+        "loss_type": (getattr(args, "loss_type", "nll") not in ("nll", "chunked_nll"), "use loss_type='nll'"),
+        "max_grad_norm": (
+            config.inner_optimizer == "cg" and args.max_grad_norm,
+            "conjugate gradients solve for the unclipped gradient; pass max_grad_norm=0",
+        ),
+    }
+    for name, (value, remedy) in refused.items():
+        if value:
+            raise ValueError(f"Gauss-Newton cannot train with {name}={getattr(args, name)!r}: {remedy}.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Gauss-Newton cannot train with DataParallel on {args.n_gpu} GPUs: start one process a GPU with torchrun."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """The same for what the model brings along."""
+    base = base_model(model)
+    if getattr(base, "is_quantized", False) or getattr(base, "quantization_method", None) is not None:
+        raise ValueError(
+            "Gauss-Newton cannot train on a quantized base model: its kernels have no forward mode. Load it without a "
+            "quantization_config."
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise ValueError(
+            "Gauss-Newton cannot train with gradient checkpointing: recomputed activations lose their tangents. Call "
+            "model.gradient_checkpointing_disable()."
+        )
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError("Gauss-Newton cannot train prompt-learning adapters: use LoRA, ScaLoRA or the whole model.")

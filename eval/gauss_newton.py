@@ -285,7 +285,8 @@ def table(runs: list[dict], inner_steps: int) -> str:
             steps = spread([steps_to_target(r) for r in best], ".0f").replace(
                 "inf", f"more than {max(e['step'] for e in ends)}"
             )
-            tokens, seconds = (spread([e[k] * f for e in ends], ".2g") for k, f in (("tokens", 1e-6), ("seconds", 1)))
+            tokens = spread([end["tokens"] / 1e6 for end in ends], ".2f")
+            seconds = spread([end["seconds"] for end in ends], ".0f")
             cells = f"{steps} | {tokens} | {seconds}"
         lines.append(f"| {method} | {rates} | {len(best)} | {cells} |")
     return "\n".join(lines)

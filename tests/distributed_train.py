@@ -8,6 +8,7 @@ clip, and to break a run in two the steps first and last, the checkpoint to load
 
 import copy
 import json
+import os
 import sys
 
 import torch
@@ -140,6 +141,7 @@ def main():
         torch.save({"states": states, "single": whole_state(single, None)}, path)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # DeepSpeed's threads sometimes abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 _SAMPLED_WEIGHTS = 32
 # A weight in bfloat16 is within 2^-8 of the one in float32; training on moves most of them further than this.
 _RELATIVE, _ABSOLUTE = 2**-7, 1e-6
+# Heads that PEFT trains whole: in a base model that has none yet they are random, and differ from load to load.
+_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter", "trainable_tokens")
 
 
@@ -58,7 +61,8 @@ def _base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     weights = {}
     for name, parameter in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        if name.endswith("weight") and not any(part in name for part in _ADAPTER_PARTS):
+        in_head = not _HEADS.isdisjoint(name.split("."))
+        if name.endswith("weight") and not in_head and not any(part in name for part in _ADAPTER_PARTS):
             weights[name] = parameter
     return weights
 

@@ -156,3 +156,24 @@ def test_what_is_no_fingerprint_is_refused(value):
         check(value)
     with pytest.raises(ValueError, match="base_fingerprint="):
         scalora_config(base_fingerprint=value)
+
+
+def test_a_fresh_classification_head_does_not_make_another_base(tmp_path):
+    """It is random in every load, and part of the adapter."""
+    import warnings
+
+    from helpers_runs import save_classifier
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    from peft_scalora import ScaLoRAConfig
+
+    headless = str(tmp_path / "base")
+    AutoModel.from_pretrained(save_classifier(tmp_path / "classifier")).save_pretrained(headless)
+    first, second = (AutoModelForSequenceClassification.from_pretrained(headless, num_labels=2) for _ in range(2))
+    assert not first.classifier.weight.equal(second.classifier.weight)
+    config = ScaLoRAConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    get_peft_model(first, config).save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fingerprint.*")
+        PeftModel.from_pretrained(second, tmp_path / "adapter")

@@ -75,38 +75,35 @@ def rescale(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 @torch.no_grad()
 def _rescale(targets: list[Target], optimizer: OptimizerState) -> RescaleReport:
     """Rescale targets, through whole copies of their factors where these are sharded."""
-    sharded = [target for target in targets if is_sharded(target.lora_A)]
-    if not sharded:
-        return _rescale_whole(targets, optimizer)
-    if len(sharded) < len(targets):
+    sharded = {is_sharded(target.lora_A) for target in targets}
+    if len(sharded) == 2:
         raise TypeError(
             "ScaLoRA cannot rescale adapters of which some are sharded and some are not: shard all of them."
         )
     ready = [target for target in targets if has_gradients(target.lora_B, target.lora_A)]
+    report = RescaleReport(without_gradient=len(targets) - len(ready))
+    if True not in sharded:
+        _rescale_whole(ready, optimizer, report)
+        return report
     factors, optimizer = assemble((p for target in ready for p in (target.lora_B, target.lora_A)), optimizer)
     whole = [
         replace(target, lora_B=lora_B.whole, lora_A=lora_A.whole)
         for target, lora_B, lora_A in zip(ready, factors[::2], factors[1::2])
     ]
-    report = _rescale_whole(whole, optimizer)
-    report.without_gradient += len(targets) - len(ready)
+    _rescale_whole(whole, optimizer, report)
     for factor in factors:
         factor.write()
     return report
 
 
-def _rescale_whole(targets: list[Target], optimizer: OptimizerState) -> RescaleReport:
-    report = RescaleReport()
+def _rescale_whole(targets: list[Target], optimizer: OptimizerState, report: RescaleReport) -> None:
     by_shape = defaultdict(list)
     for target in targets:
-        if target.lora_B.grad is None or target.lora_A.grad is None:
-            report.without_gradient += 1
-        elif target.lora_A.dim() < 2:
+        if target.lora_A.dim() < 2:
             raise TypeError("ScaLoRA cannot rescale flattened parameters (FSDP1): use FSDP2 (fsdp_version: 2), or DDP.")
-        elif target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
+        if target.lora_B.grad.is_sparse or target.lora_A.grad.is_sparse:
             raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")
-        else:
-            by_shape[target.group_key(optimizer)].append(target)
+        by_shape[target.group_key(optimizer)].append(target)
     groups = [ShapeGroup(group) for group in by_shape.values()]
     solve(groups, optimizer, report)
     for group in groups:
@@ -115,9 +112,8 @@ def _rescale_whole(targets: list[Target], optimizer: OptimizerState) -> RescaleR
     for group in groups:
         group.carry(optimizer)
     check_ranks(
-        {f"{name} of layer {i}": tensor for i, t in enumerate(targets) for name, tensor in t.rescaled_tensors().items()}
+        (f"{name} of layer {i}", tensor) for i, t in enumerate(targets) for name, tensor in t.rescaled_tensors().items()
     )
-    return report
 
 
 _reports: weakref.WeakKeyDictionary[torch.optim.Optimizer, RescaleReport] = weakref.WeakKeyDictionary()

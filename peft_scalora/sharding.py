@@ -8,7 +8,7 @@ size of a weight is sent.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,7 @@ class ZeroFactor:
             self.param.data.copy_(self.whole)
 
 
-def assemble(params: Iterator[Tensor], optimizer: OptimizerState) -> tuple[list, OptimizerState]:
+def assemble(params: Iterable[Tensor], optimizer: OptimizerState) -> tuple[list, OptimizerState]:
     """Whole copies of sharded parameters, in their order, and the optimizer state of these copies."""
     factors = [(ZeroFactor if is_zero(param) else FullyShardedFactor)(param, optimizer) for param in params]
     return factors, OptimizerState(optimizer.rule, {factor.whole: factor.state for factor in factors})
@@ -110,7 +110,7 @@ def wire_deepspeed(before_step) -> None:
     DeepSpeedEngine._take_model_step = take_model_step
 
 
-def check_ranks(tensors: dict[str, Tensor]) -> None:
+def check_ranks(named: Iterable[tuple[str, Tensor]]) -> None:
     """Where PEFT_SCALORA_CHECK_RANKS=1: that all ranks hold the same bits.
 
     Raises:
@@ -118,7 +118,7 @@ def check_ranks(tensors: dict[str, Tensor]) -> None:
     """
     if os.environ.get(CHECK_RANKS) != "1" or not (dist.is_available() and dist.is_initialized()):
         return
-    sums = []
+    tensors, sums = dict(named), []
     for tensor in tensors.values():
         bits = tensor.detach().contiguous().view(torch.uint8).flatten().long()
         weights = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521

@@ -97,16 +97,16 @@ def test_ranks_that_differ_are_found(monkeypatch):
     theirs = {"U": torch.tensor([1.0, 2.0]), "V": torch.tensor([[-0.0, 3.0]])}
     seen = []
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: seen.append(tensor.clone()))
-    check_ranks(theirs)
+    check_ranks(theirs.items())
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.copy_(seen[0]))
-    check_ranks(theirs)
+    check_ranks(theirs.items())
     for changed in (
         {"U": torch.tensor([2.0, 1.0])},
         {"U": torch.tensor([1.0, 2.0000002])},
         {"V": torch.tensor([[0.0, 3.0]])},
     ):
         with pytest.raises(RuntimeError, match=f"rank 1 differs from rank 0 in {next(iter(changed))}"):
-            check_ranks(theirs | changed)
+            check_ranks((theirs | changed).items())
 
 
 def test_adapters_of_which_some_are_sharded_are_refused():

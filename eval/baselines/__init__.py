@@ -66,7 +66,7 @@ METHODS: dict[str, Callable] = {"full": full, "lora": lora, "scalora": scalora}
 
 
 def prepare(model: torch.nn.Module, settings, batches: Sequence[dict]) -> Prepared:
-    """`model` made ready to be trained by `settings.method`; `batches` are a few of one row each, for data-driven inits.
+    """`model` made ready to be trained by `settings.method`; `batches` are a few rows, for inits that see data.
 
     Raises:
         ValueError: no such method, or one that does not fit the model.

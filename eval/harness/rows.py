@@ -104,16 +104,16 @@ def _from_jsonl(path: str) -> Iterator[dict]:
     if not os.path.exists(path):
         raise DataError(f"{path} does not exist: --data-dir is a folder of the layout that docs/evaluation.md shows.")
     opener = gzip.open if path.endswith(".gz") else open
-    number = 0
+    number = 1
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield json.loads(line)
+            for line in file:
+                yield json.loads(line)
+                number += 1
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, row {number}: not JSON ({error}).") from error
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise DataError(f"{path}, row {number + 1}: the file is damaged or cut short ({error}).") from error
+        raise DataError(f"{path}, row {number}: the file is damaged or cut short ({error}).") from error
 
 
 def _checked(rows: Iterator[dict], source: str, fields: Mapping[str, Field]) -> Iterator[dict]:

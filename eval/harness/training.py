@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -201,8 +202,5 @@ def from_arguments(arguments) -> Training:
 
 
 def settings_of(settings: Training, **others) -> dict:
-    """What goes into the run's JSON: a model's folder is known by its name only."""
-    known = asdict(settings) | others
-    return known | {
-        "model": settings.model.rstrip("/").split("/")[-1] if settings.model.startswith("/") else settings.model
-    }
+    """What goes into the run's JSON: of a model's folder its name alone."""
+    return asdict(settings) | others | {"model": os.path.basename(settings.model.rstrip(os.sep))}

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,3 +127,18 @@ def _checked(rows: Iterator[dict], source: str, fields: Mapping[str, Field]) -> 
                 found = ", ".join(map(str, row))
                 raise DataError(f"{source}, row {number}: field {name!r} {complaint} (the row's fields: {found}).")
         yield row
+
+
+def split_dev(rows: Rows, dev_rows: int, train_rows: int | None = None) -> tuple[Rows, Rows]:
+    """Training rows and `dev_rows` rows taken out of them, the same ones for every run: choices are made on these.
+
+    `train_rows` of the rest are kept, all of them unless given.
+
+    Raises:
+        ValueError: more dev rows than half of the rows.
+    """
+    if not 0 <= dev_rows <= len(rows) // 2:
+        raise ValueError(f"dev_rows={dev_rows} must be from 0 to half of the {len(rows)} rows of {rows.source}.")
+    shuffled = random.Random(0).sample(rows.rows, len(rows))
+    cut = len(rows) - dev_rows
+    return Rows(tuple(shuffled[:cut][:train_rows]), rows.source), Rows(tuple(shuffled[cut:]), rows.source)

@@ -115,13 +115,11 @@ def load_model(task: str, settings: Training):
     return tokenizer, model
 
 
-def run(
-    task: str, settings: Training, data_dir: str | None, train_rows: int | None, dev_rows: int, output: str
-) -> dict:
-    """Train and score; the run's JSON goes to `output`."""
-    rows, dev = split_dev(load_rows(task, "train", data_dir), dev_rows, train_rows)
+def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output: str) -> dict:
+    """Train and score; the run's JSON goes to `output`. `sizes` has train_rows (None: all) and dev_rows."""
+    rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
     validation = load_rows(task, "validation", data_dir)
-    saved = settings_of(settings, train_rows=train_rows, dev_rows=dev_rows)
+    saved = settings_of(settings, **sizes)
     found = finished(output, saved)
     if found is not None:
         return found

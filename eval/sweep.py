@@ -3,9 +3,9 @@
     python eval/sweep.py --script eval/glue.py --methods full lora lora-4r scalora scalora,scaling_interval=1 \\
         --rates 3e-4 1e-3 3e-3 --seeds 3 --output eval/results/glue/cola -- --model MINILM --task cola --steps 150
 
-All that follows `--` goes to the script. A method is a name with settings of its own after commas. The rate is chosen by
-the dev metric of the first seed; while the best is at an end of its grid, the grid grows there by its own ratio, so no
-method is judged by an end. Trials are in `sweep.db` (optuna, sqlite), runs one JSON each; a sweep that is continued
+All that follows `--` goes to the script. A method is a name with settings of its own after commas. The rate is chosen
+by the dev metric of the first seed; while the best is at an end of its grid, the grid grows there by its own ratio, so
+no method is judged by an end. Trials are in `sweep.db` (optuna, sqlite), runs one JSON each; a sweep that is continued
 repeats nothing. A run that crashes is a trial that failed, and stays to be seen in the report.
 """
 

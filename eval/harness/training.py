@@ -92,6 +92,7 @@ def train(
     collator: Callable,
     evaluate: Callable[[torch.nn.Module], dict[str, float]],
     folder: str,
+    trainer_class: Callable[..., Trainer] = Trainer,
 ) -> tuple[torch.nn.Module, dict]:
     """Train `model` by `settings.method`, or continue, and return it with the run's figures.
 
@@ -120,7 +121,7 @@ def train(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
-    trainer = Trainer(
+    trainer = trainer_class(
         model=prepared.model,
         args=TrainingArguments(**(arguments | prepared.arguments)),
         train_dataset=rows,

@@ -1,0 +1,102 @@
+"""What a saved model is worth and what it costs, found out in a process that knows nothing but the folder.
+
+    python -m compression.measure SPECIFICATION.json
+
+Prints one JSON line; `in_fresh_process` is the other end of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+
+import torch
+from harness.record import clock, peak_memory_bytes
+from torch import nn
+
+from .tasks import BATCH, TaskSettings, load_task
+
+EVAL = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROUNDS = 15
+
+
+def in_fresh_process(task: TaskSettings, loader: str, folder: str, dense: str) -> dict:
+    """Score, memory and times of the model that module `loader` loads from `folder`, beside those of `dense`.
+
+    Raises:
+        RuntimeError: with the end of what the process wrote.
+    """
+    specification = json.dumps({"task": asdict(task), "loader": loader, "folder": folder, "dense": dense})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([EVAL, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run(
+        [sys.executable, "-m", "compression.measure", specification], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"{folder} could not be loaded and scored again:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def measure(task: TaskSettings, loader: str, folder: str, dense: str) -> dict:
+    for package in ("torchao", "bitsandbytes"):  # what a package takes itself is no part of a model's memory
+        with suppress(ImportError):
+            importlib.import_module(package)
+    rows = load_task(task)
+    before = peak_memory_bytes()
+    model = importlib.import_module(loader).load(folder).eval()
+    rows.score(model, rows.test[:BATCH])
+    memory = peak_memory_bytes() - before
+    score = rows.score(model, rows.test)
+    other = importlib.import_module("compression.common").load(dense)
+    return {"score": asdict(score), "memory_bytes": memory, **times(model, other, rows)}
+
+
+def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:
+    """Medians over rounds in which both models take turns.
+
+    latency_ratio: seconds for one row, over the dense model's. throughput_ratio: rows a second in batches of BATCH.
+    """
+    figures = {}
+    for name, rows in {"latency": task.test[:1], "batch": task.test[:BATCH]}.items():
+        batch = {key: t.to(model.device) for key, t in task.batch(rows).items() if key != "labels"}
+        rounds = interleaved(lambda m, b=batch: m(**b), [model, dense])
+        own, others = zip(*rounds)
+        figures[f"{name}_seconds"] = statistics.median(own)
+        figures[f"{name}_ratio"] = statistics.median(a / b for a, b in rounds)
+        figures[f"dense_{name}_seconds"] = statistics.median(others)
+    return {
+        "latency_seconds": figures["latency_seconds"],
+        "latency_ratio": figures["latency_ratio"],
+        "rows_per_second": len(task.test[:BATCH]) / figures["batch_seconds"],
+        "throughput_ratio": 1 / figures["batch_ratio"],
+    }
+
+
+def interleaved(function: Callable, arguments: list) -> list[tuple[float, ...]]:
+    """Seconds of `function` for every argument in turn, ROUNDS times, after two turns that do not count."""
+    rounds = []
+    for _ in range(ROUNDS + 2):
+        seconds = []
+        for argument in arguments:
+            started = clock()
+            function(argument)
+            seconds.append(clock() - started)
+        rounds.append(tuple(seconds))
+    return rounds[2:]
+
+
+def main() -> None:
+    specification = json.loads(sys.argv[1])
+    specification["task"] = TaskSettings(**specification["task"])
+    print(json.dumps(measure(**specification)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The table and the plot of all results in a folder."""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from harness.record import FINISHED
+
+from peft_scalora.files import replace_file
+from peft_scalora.plots import finish_panel, require_matplotlib, save_png
+
+COLUMNS = ("parameters, M", "non-zeros, M", "MB on disk", "memory, MB", "latency", "throughput", "seconds", "reload")
+
+
+def write_report(folder: str, order: Sequence[str]) -> None:
+    """Write methods.md and methods.png from the results in `folder`, rows in `order`."""
+    rows = summaries(folder, order)
+    if not rows:
+        return
+    replace_file(os.path.join(folder, "methods.md"), table(rows))
+    measured = [row for row in rows if "quality" in row]
+    if measured:
+        plot(os.path.join(folder, "methods.png"), measured)
+
+
+def summaries(folder: str, order: Sequence[str]) -> list[dict]:
+    """One summary a row: means over its seeds, and the standard error of the quality."""
+    found = defaultdict(list)
+    for path in sorted(glob.glob(os.path.join(folder, "*-seed*.json"))):
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        found[result["settings"]["row"]].append(result)
+    return [summary(name, found[name]) for name in order if name in found]
+
+
+def summary(name: str, results: Sequence[dict]) -> dict:
+    about = {"row": name, "method": results[0].get("method"), "caveat": results[0].get("caveat", "")}
+    for result in results:
+        reason = result.get("unfit") or (result.get("error") if result["status"] != FINISHED else None)
+        if reason:
+            return about | {"reason": reason}
+    metric = results[0]["metric"]
+    qualities = [result["metrics"][metric] for result in results]
+    means = {
+        key: statistics.mean(result[key] for result in results)
+        for key in (
+            "parameters",
+            "nonzeros",
+            "bytes",
+            "memory_bytes",
+            "latency_ratio",
+            "throughput_ratio",
+            "seconds",
+        )
+    }
+    return (
+        about
+        | means
+        | {
+            "metric": metric,
+            "quality": statistics.mean(qualities),
+            "error": statistics.stdev(qualities) / math.sqrt(len(qualities)) if len(qualities) > 1 else None,
+            "seeds": len(qualities),
+            "loss": statistics.mean(result["metrics"].get("loss", math.nan) for result in results),
+            "reload": "equal" if all(result["reload"] == "equal" for result in results) else "differs",
+        }
+    )
+
+
+def table(rows: Sequence[dict]) -> str:
+    metric = next((row["metric"] for row in rows if "metric" in row), "quality")
+    lines = [
+        f"| row | {metric} | loss | {' | '.join(COLUMNS)} | caveat |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
+    for row in rows:
+        cells = [row["reason"], *[""] * (len(COLUMNS) + 1)] if "reason" in row else _cells(row)
+        lines.append(f"| {row['row']} | {' | '.join(cells)} | {row['caveat']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict) -> list[str]:
+    error = f" ± {row['error']:.3f}" if row["error"] is not None else ""
+    return [
+        f"{row['quality']:.3f}{error}",
+        f"{row['loss']:.3f}",
+        f"{row['parameters'] / 1e6:.1f}",
+        f"{row['nonzeros'] / 1e6:.1f}",
+        f"{row['bytes'] / 1e6:.1f}",
+        f"{row['memory_bytes'] / 1e6:.0f}",
+        f"{row['latency_ratio']:.2f}",
+        f"{row['throughput_ratio']:.2f}",
+        f"{row['seconds']:.0f}",
+        row["reload"],
+    ]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (size, quality) that no other is as small and as good as, and better in one; by size."""
+    front, best = [], -math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[i][1] > best:
+            front.append(i)
+            best = points[i][1]
+    return front
+
+
+def plot(path: str, rows: Sequence[dict]) -> None:
+    """Quality against size, a colour a method, the Pareto front joined and named."""
+    figure, axis = require_matplotlib().subplots(figsize=(9, 5))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        axis.errorbar(
+            [row["bytes"] / 1e6 for row in own],
+            [row["quality"] for row in own],
+            yerr=[row["error"] or 0 for row in own],
+            fmt="o",
+            label=method,
+            alpha=0.8,
+        )
+    front = [rows[i] for i in pareto_front([(row["bytes"], row["quality"]) for row in rows])]
+    axis.plot(
+        [row["bytes"] / 1e6 for row in front], [row["quality"] for row in front], "k--", lw=1, label="Pareto front"
+    )
+    for row in front:
+        axis.annotate(row["row"], (row["bytes"] / 1e6, row["quality"]), (4, 6), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    finish_panel(axis, "Quality against size", "MB on disk", rows[0]["metric"])
+    save_png(figure, path)

@@ -1,0 +1,207 @@
+"""Model-optimization methods side by side on one model: quality, size, memory, speed and what they took.
+
+    python eval/methods.py --model MINILM --task sst2 --methods all --output eval/results/methods/minilm-sst2
+
+Every method starts from the same fine-tuned dense model (row `dense`), or from another row's model. It is saved, loaded
+again in a fresh process, and scored there: the score has to be the same to the last bit. Data come from the hub, or
+from a folder with --data-dir. `--methods` takes modules (pruning) and rows (l1-50); rows that are finished are not
+repeated. Models are kept below --models. The table and the plot are of all results in --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import ModuleType
+
+from compression import (
+    combinations,
+    distillation,
+    finetuning,
+    hyperparameters,
+    pruning,
+    quantization,
+    structure,
+)
+from compression.common import Context, Row, bytes_on_disk, count
+from compression.measure import in_fresh_process
+from compression.report import write_report
+from compression.tasks import Task, TaskSettings, load_task
+from harness.record import clock, finished, recorded
+from harness.training import Training, add_arguments, from_arguments, settings_of
+
+MODULES = (finetuning, hyperparameters, pruning, quantization, structure, distillation, combinations)
+MODULE_OF: dict[str, ModuleType] = {name: module for module in MODULES for name in module.ROWS}
+
+
+def short_name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def row_of(name: str) -> Row:
+    return MODULE_OF[name].ROWS[name]
+
+
+def chosen_rows(methods: Sequence[str]) -> list[str]:
+    """Names of the rows of `methods` (rows, modules, or "all"), in the table's order.
+
+    Raises:
+        ValueError: no such row or module.
+    """
+    known = {"all", *MODULE_OF, *map(short_name, MODULES)}
+    unknown = [method for method in methods if method not in known]
+    if unknown:
+        raise ValueError(f"methods={unknown} must be among {', '.join(sorted(known))}.")
+    wanted = set(methods)
+    return [name for name, module in MODULE_OF.items() if wanted & {"all", name, short_name(module)}]
+
+
+def with_requirements(names: Sequence[str]) -> Iterator[str]:
+    """The rows, each after the row that it starts from, once; "dense" first, which all are timed against."""
+    seen = set()
+
+    def visit(name: str) -> Iterator[str]:
+        after = row_of(name).after
+        if after is not None:
+            yield from visit(after)
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+    for name in ("dense", *names):
+        yield from visit(name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model, one task, one seed: where its rows' models and results are."""
+
+    task: Task
+    task_settings: TaskSettings
+    training: Training
+    full_learning_rate: float
+    search_trials: int
+    models: str
+    output: str
+
+    def folder(self, name: str) -> str:
+        return os.path.join(self.models, f"{_file_name(name)}-seed{self.training.seed}")
+
+    def result_path(self, name: str) -> str:
+        return os.path.join(self.output, f"{_file_name(name)}-seed{self.training.seed}.json")
+
+    def settings(self, name: str) -> dict:
+        rows = {k: v for k, v in asdict(self.task_settings).items() if k not in ("data_dir", "model")}
+        others = {"full_learning_rate": self.full_learning_rate, "search_trials": self.search_trials}
+        return settings_of(replace(self.training, method="as the row says"), row=name, **rows, **others)
+
+    def context(self, name: str) -> Context:
+        before = [row for row in with_requirements([name]) if row != name]
+        return Context(
+            self.task,
+            self.training,
+            self.full_learning_rate,
+            {row: self.folder(row) for row in before},
+            {row: MODULE_OF[row].load for row in before},
+            f"{self.folder(name)}.scratch",
+            self.search_trials,
+        )
+
+    def do(self, name: str) -> dict:
+        """The row's result; built, saved, loaded in a fresh process and scored there, unless it is there already."""
+        found = finished(self.result_path(name), self.settings(name))
+        if found is not None and ("unfit" in found or os.path.isdir(self.folder(name))):
+            return found
+        module, row, context = MODULE_OF[name], row_of(name), self.context(name)
+        with recorded(self.result_path(name), f"methods/{self.task.name}", self.settings(name)) as result:
+            result |= {"method": short_name(module), "after": row.after, "caveat": row.caveat}
+            result |= {"metric": self.task.metric, "data": self.task.data}
+            reason = self._unfit(row, module, context)
+            if reason is not None:
+                result["unfit"] = reason
+                return result
+            self._build(module, row, context, self.folder(name), result)
+            fresh = in_fresh_process(self.task_settings, module.__name__, self.folder(name), self.folder("dense"))
+            score = fresh.pop("score")
+            result["reload"] = "equal" if score == result.pop("score") else "differs"
+            result |= fresh | {"metrics": score["metrics"], "predictions": score["predictions"]}
+        shutil.rmtree(context.scratch, ignore_errors=True)
+        return result
+
+    def _unfit(self, row: Row, module: ModuleType, context: Context) -> str | None:
+        if row.after is not None and not os.path.isdir(self.folder(row.after)):
+            return f"it starts from {row.after!r}, which there is none of"
+        return module.misfit(row, context.base(row))
+
+    def _build(self, module: ModuleType, row: Row, context: Context, folder: str, result: dict) -> None:
+        """Build, count and score the row's model; its folder appears when all of it is written."""
+        shutil.rmtree(folder, ignore_errors=True)
+        staged = f"{folder}.staged"
+        shutil.rmtree(staged, ignore_errors=True)
+        started = clock()
+        model = module.build(row, context, staged)
+        result["seconds"] = clock() - started
+        result |= context.figures | count(model) | {"bytes": bytes_on_disk(staged)}
+        result["score"] = asdict(self.task.score(model, self.task.test))
+        os.rename(staged, folder)
+
+
+def _file_name(name: str) -> str:
+    return name.replace(", ", "-then-")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="sst2", help="a GLUE task (default: sst2)")
+    parser.add_argument("--data-dir", help="folder with glue/TASK/*.jsonl.gz (default: the hub)")
+    parser.add_argument("--methods", nargs="+", default=["all"], help="all, modules or rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--full-learning-rate", type=float, default=1e-4, help="where all weights are trained")
+    parser.add_argument("--search-trials", type=int, default=6)
+    parser.add_argument("--train-rows", type=int)
+    parser.add_argument("--dev-rows", type=int, default=200)
+    parser.add_argument("--test-rows", type=int, help="evaluation rows (default: all)")
+    parser.add_argument("--models", default="runs/methods", help="folder for the models")
+    parser.add_argument("--output", required=True, help="folder for results, table and plot")
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing; the number of rows that failed."""
+    arguments = parse(argv)
+    names = chosen_rows(arguments.methods)
+    rows = ("model", "task", "data_dir", "max_length", "train_rows", "dev_rows", "test_rows")
+    task_settings = TaskSettings(**{name: getattr(arguments, name) for name in rows})
+    task, training = load_task(task_settings), from_arguments(arguments)
+    models = os.path.join(arguments.models, os.path.basename(os.path.normpath(arguments.output)))
+    failed = 0
+    for seed in arguments.seeds:
+        run = Run(
+            task,
+            task_settings,
+            replace(training, seed=seed),
+            arguments.full_learning_rate,
+            arguments.search_trials,
+            models,
+            arguments.output,
+        )
+        for name in with_requirements(names):
+            try:
+                result = run.do(name)
+            except Exception as error:  # the row says so, and the others are worth having
+                failed += 1
+                print(f"{name}, seed {seed}: failed: {error}", file=sys.stderr, flush=True)
+                continue
+            print(f"{name}, seed {seed}: {result.get('unfit') or result['metrics']}", flush=True)
+            write_report(arguments.output, list(MODULE_OF))
+    write_report(arguments.output, list(MODULE_OF))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

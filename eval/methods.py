@@ -11,6 +11,7 @@ repeated. Models are kept below --models. The table and the plot are of all resu
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 
+import transformers
 from compression import (
     combinations,
     distillation,
@@ -125,7 +127,9 @@ class Run:
                 result["unfit"] = reason
                 return result
             self._build(module, row, context, self.folder(name), result)
-            fresh = in_fresh_process(self.task_settings, module.__name__, self.folder(name), self.folder("dense"))
+            fresh = in_fresh_process(
+                self.task_settings, self.task, module.__name__, self.folder(name), self.folder("dense")
+            )
             score = fresh.pop("score")
             result["reload"] = "equal" if score == result.pop("score") else "differs"
             result |= fresh | {"metrics": score["metrics"], "predictions": score["predictions"]}
@@ -145,7 +149,8 @@ class Run:
         started = clock()
         model = module.build(row, context, staged)
         result["seconds"] = clock() - started
-        result |= context.figures | count(model) | {"bytes": bytes_on_disk(staged)}
+        result |= context.figures | {"bytes": bytes_on_disk(staged)}
+        result |= count(module.load(staged))  # dequantizing the int8 of bitsandbytes leaves a model that cannot be used
         result["score"] = asdict(self.task.score(model, self.task.test))
         os.rename(staged, folder)
 
@@ -174,6 +179,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing; the number of rows that failed."""
     arguments = parse(argv)
+    transformers.logging.set_verbosity_error()  # every load of a base model reports that its head is new
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every product on a CPU warns of a cast
     names = chosen_rows(arguments.methods)
     rows = ("model", "task", "data_dir", "max_length", "train_rows", "dev_rows", "test_rows")
     task_settings = TaskSettings(**{name: getattr(arguments, name) for name in rows})

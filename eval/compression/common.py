@@ -133,8 +133,16 @@ def _values(module: nn.Module, seen: set) -> list[Tensor]:
         own |= dict(module.named_buffers(recurse=False))
     fresh = {name: p for name, p in own.items() if id(p) not in seen}
     seen |= {id(p) for p in fresh.values()}
-    quantized = None if "weight" not in fresh else dequantized(module)
+    quantized = _quantized_values(module) if "weight" in fresh else None
     return [quantized if name == "weight" and quantized is not None else p.detach() for name, p in fresh.items()]
+
+
+def _quantized_values(module: nn.Module) -> Tensor | None:
+    weight = module.weight
+    if type(weight).__name__ == "Int4OpaqueTensor":  # cannot unpack itself, only multiply
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype)
+        return nn.functional.linear(identity, weight)
+    return dequantized(module)
 
 
 def linear_names(model: nn.Module) -> list[str]:

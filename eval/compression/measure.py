@@ -21,19 +21,22 @@ import torch
 from harness.record import clock, peak_memory_bytes
 from torch import nn
 
-from .tasks import BATCH, TaskSettings, load_task
+from .tasks import BATCH, Task, TaskSettings, load_task
 
 EVAL = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROUNDS = 15
+ROUNDS = 9
 
 
-def in_fresh_process(task: TaskSettings, loader: str, folder: str, dense: str) -> dict:
+def in_fresh_process(settings: TaskSettings, task: Task, loader: str, folder: str, dense: str) -> dict:
     """Score, memory and times of the model that module `loader` loads from `folder`, beside those of `dense`.
 
     Raises:
         RuntimeError: with the end of what the process wrote.
     """
-    specification = json.dumps({"task": asdict(task), "loader": loader, "folder": folder, "dense": dense})
+    batch = {name: t.tolist() for name, t in task.batch(task.test[:BATCH]).items()}
+    specification = json.dumps(
+        {"settings": asdict(settings), "batch": batch, "loader": loader, "folder": folder, "dense": dense}
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([EVAL, *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(
         [sys.executable, "-m", "compression.measure", specification], capture_output=True, text=True, env=environment
@@ -44,18 +47,20 @@ def in_fresh_process(task: TaskSettings, loader: str, folder: str, dense: str) -
 
 
 @torch.no_grad()
-def measure(task: TaskSettings, loader: str, folder: str, dense: str) -> dict:
+def measure(settings: TaskSettings, batch: dict, loader: str, folder: str, dense: str) -> dict:
+    """`batch` is measured for memory before any rows are read, which would take more than a small model."""
     for package in ("torchao", "bitsandbytes"):  # what a package takes itself is no part of a model's memory
         with suppress(ImportError):
             importlib.import_module(package)
-    rows = load_task(task)
+    tensors = {name: torch.tensor(values) for name, values in batch.items()}
     before = peak_memory_bytes()
-    model = importlib.import_module(loader).load(folder).eval()
-    rows.score(model, rows.test[:BATCH])
+    model = importlib.import_module(loader).load(folder)
+    model(**{name: t.to(model.device) for name, t in tensors.items()})
     memory = peak_memory_bytes() - before
-    score = rows.score(model, rows.test)
+    task = load_task(settings)
+    score = task.score(model, task.test)
     other = importlib.import_module("compression.common").load(dense)
-    return {"score": asdict(score), "memory_bytes": memory, **times(model, other, rows)}
+    return {"score": asdict(score), "memory_bytes": memory, **times(model, other, task)}
 
 
 def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:
@@ -94,7 +99,7 @@ def interleaved(function: Callable, arguments: list) -> list[tuple[float, ...]]:
 
 def main() -> None:
     specification = json.loads(sys.argv[1])
-    specification["task"] = TaskSettings(**specification["task"])
+    specification["settings"] = TaskSettings(**specification["settings"])
     print(json.dumps(measure(**specification)))
 
 

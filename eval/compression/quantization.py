@@ -58,9 +58,12 @@ def misfit(row: Row, base: nn.Module) -> str | None:
 
 
 def _nf4_misfit(linears: list[nn.Linear]) -> str | None:
-    sizes = {layer.out_features for layer in linears if layer.out_features % 32}
-    if sizes and not torch.cuda.is_available():
-        return f"bitsandbytes' 4-bit kernel for CPUs needs layers with a multiple of 32 outputs, not {min(sizes)}"
+    if torch.cuda.is_available():
+        return None
+    for name, multiple in {"out_features": 32, "in_features": 64}.items():
+        sizes = {getattr(layer, name) for layer in linears if getattr(layer, name) % multiple}
+        if sizes:
+            return f"bitsandbytes' 4-bit kernel for CPUs needs {name} to be a multiple of {multiple}, not {min(sizes)}"
     return None
 
 

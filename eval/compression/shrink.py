@@ -69,8 +69,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 def kept_count(size: int, amount: float) -> int:
-    """How many of `size` units stay when `amount` of them go: a multiple of 32 where `size` is, as kernels like it."""
-    step = math.gcd(32, size) if size >= 256 else 1
+    """How many of `size` units stay when `amount` of them go: a multiple of 64 where `size` is, as kernels like it."""
+    step = math.gcd(64, size) if size >= 256 else 1
     return max(1, round(size * (1 - amount) / step)) * step
 
 

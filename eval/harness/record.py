@@ -89,4 +89,10 @@ def recorded(path: str, task: str, settings: dict) -> Iterator[dict]:
         raise
     finally:
         if is_main_process():
-            replace_file(path, json.dumps(result, indent=1))
+            replace_file(path, to_json(result))
+
+
+def to_json(result: dict) -> str:
+    """One field a line: long lists stay on theirs."""
+    fields = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from glue_metric.glue_metric import scores
 from harness.ranks import over_ranks
-from harness.record import finished, recorded
+from harness.record import checkpoints, finished, recorded
 from harness.rows import Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
@@ -105,7 +105,10 @@ def load_model(task: str, settings: Training):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForSequenceClassification.from_pretrained(
-        settings.model, num_labels=TASKS[task].classes, dtype=DTYPES[settings.dtype]
+        settings.model,
+        num_labels=TASKS[task].classes,
+        dtype=DTYPES[settings.dtype],
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced, and transformers says so
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model
@@ -130,7 +133,7 @@ def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output
         def dev_metrics(model) -> dict[str, float]:
             return score(task, predict(model, encoded[1], collator, 64), labels[1])
 
-        model, figures = train(settings, model, encoded[0], collator, dev_metrics, f"{output}.checkpoints")
+        model, figures = train(settings, model, encoded[0], collator, dev_metrics, checkpoints(output))
         with torch.no_grad():
             predictions = predict(model.eval(), encoded[2], collator, 64)
         result |= figures

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -78,9 +79,16 @@ def finished(path: str, settings: dict) -> dict | None:
 
 @contextmanager
 def recorded(path: str, task: str, settings: dict) -> Iterator[dict]:
-    """Yield a dict for the results of a run, and write it to `path` when the block ends, however it ends."""
+    """Yield a dict for the results of a run, and write it to `path` when the block ends, however it ends.
+
+    What the run needs to be continued belongs into the folder `checkpoints(path)`, removed once it is finished.
+
+    Raises:
+        ValueError: an interrupted run with other settings is there.
+    """
+    folder = checkpoints(path)
+    _claim(folder, settings)
     result = {"task": task, "status": FAILED, "settings": settings, "environment": environment()}
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         yield result
         result["status"] = FINISHED
@@ -90,9 +98,34 @@ def recorded(path: str, task: str, settings: dict) -> Iterator[dict]:
     finally:
         if is_main_process():
             replace_file(path, to_json(result))
+            if result["status"] == FINISHED:
+                shutil.rmtree(folder)
 
 
 def to_json(result: dict) -> str:
     """One field a line: long lists stay on theirs."""
     fields = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
     return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def checkpoints(path: str) -> str:
+    """The folder of an unfinished run: Trainer's checkpoints, and what is scored already."""
+    return f"{path}.checkpoints"
+
+
+def _claim(folder: str, settings: dict) -> None:
+    """Make the folder, or see that it is of a run with these settings."""
+    path = os.path.join(folder, "settings.json")
+    known = json.loads(json.dumps(settings))
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        changed = [name for name in known | found if known.get(name) != found.get(name)]
+        if changed:
+            raise ValueError(
+                f"{folder} is of an interrupted run with other settings ({', '.join(changed)}): remove it, or choose "
+                "another --output."
+            )
+    elif is_main_process():
+        os.makedirs(folder, exist_ok=True)
+        replace_file(path, json.dumps(known, indent=1))

@@ -44,7 +44,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are: a path below a data folder, and the same on the hub."""
+    """Where rows are: a path below a data folder, and the same on the hub (a data set's id) or at a JSON file's URL."""
 
     local: str
     hub: str
@@ -98,6 +98,8 @@ def load(source: Source, data_dir: str | None, fields: Mapping[str, Field]) -> R
 def _from_hub(source: Source) -> Iterator[dict]:
     import datasets
 
+    if source.hub.startswith("https://"):
+        return iter(datasets.load_dataset("json", data_files={source.split: source.hub}, split=source.split))
     return iter(datasets.load_dataset(source.hub, source.config, split=source.split))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
@@ -83,6 +82,9 @@ class Curve(TrainerCallback):
             metrics = self.evaluate()
             self._started = clock()
             self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
+            control.should_log = True  # which logging has reset: the loss of this step is still to come
+        if state.global_step == state.max_steps:
+            control.should_save = False  # Trainer makes one step too many when it continues from the last one
 
 
 def train(
@@ -95,7 +97,7 @@ def train(
 ) -> tuple[torch.nn.Module, dict]:
     """Train `model` by `settings.method`, or continue, and return it with the run's figures.
 
-    `evaluate(model)` returns the curve's metrics. `folder` holds checkpoints while the run lasts.
+    `evaluate(model)` returns the curve's metrics. Checkpoints go to `folder`, the newest of them stays there.
     """
     set_seed(settings.seed)
     prepared = prepare(model, settings, [collator([rows[i]]) for i in range(min(len(rows), 64))])
@@ -138,8 +140,6 @@ def train(
         "peak_memory_bytes": peak_memory_bytes(),
         **_points(trainer.state.log_history),
     }
-    if trainer.is_world_process_zero():
-        shutil.rmtree(folder, ignore_errors=True)
     return prepared.model, figures
 
 

@@ -81,7 +81,9 @@ class Curve(TrainerCallback):
             self._started = clock()
             metrics = self.evaluate()
             self._started = clock()
+            should_log = control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
+            control.should_log = should_log  # which logging has reset: the loss is still to come
 
 
 def train(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from glue_metric.glue_metric import scores
+from harness.models import quantization_config
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, recorded
 from harness.rows import Field, Rows, Source, load, split_dev
@@ -108,6 +109,7 @@ def load_model(task: str, settings: Training):
         settings.model,
         num_labels=TASKS[task].classes,
         dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings.method, settings.dtype),
         ignore_mismatched_sizes=True,  # a head for other classes is replaced, and transformers says so
     )
     model.config.pad_token_id = tokenizer.pad_token_id

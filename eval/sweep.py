@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from peft_scalora.files import replace_file
 
-PLAN_NAME = "sweep.json"
+PLAN_NAME = "plan.json"
 LOWER_IS_BETTER = ("loss",)  # ends of the names of metrics
 
 

@@ -88,7 +88,8 @@ def test_number_of_parameters_of_the_others(kind):
     assert count("dora") == lora + sum(m for m, n in shapes)
     assert count("mora") == sum((math.floor(math.sqrt((m + n) * 2)) // 2 * 2) ** 2 for m, n in shapes)
     assert count("fourierft") == lora // len(shapes) * len(shapes)
-    by_rank = {b: sum(math.ceil(min(s) / b) * (b + min(s)) for s in shapes) for b in range(1, min(map(min, shapes)) + 1)}
+    ranks = range(1, min(map(min, shapes)) + 1)
+    by_rank = {b: sum(math.ceil(min(s) / b) * (b + min(s)) for s in shapes) for b in ranks}
     assert count("randlora") == min(by_rank.values(), key=lambda number: abs(number - lora))
     assert count("full") == count("galore") == sum(p.numel() for p in plain_model(kind).parameters()) - head
 

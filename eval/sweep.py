@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import optuna
-from harness.record import FAILED, FINISHED
+from harness.record import FAILED, FINISHED, to_json
 from tqdm import tqdm
 
 from peft_scalora.files import replace_file
 
-PLAN_NAME = "sweep.json"
+PLAN_NAME = "plan.json"
 LOWER_IS_BETTER = ("loss",)  # ends of the names of metrics
 
 
@@ -60,7 +60,7 @@ class Sweep:
             elif not os.path.exists(path):  # it was killed, or failed before it could say so
                 settings = {"method": name, "learning_rate": rate, "seed": seed}
                 failed = {"status": FAILED, "settings": settings, "error": f"exit status {code}: see {log}"}
-                replace_file(path, json.dumps(failed, indent=1))
+                replace_file(path, to_json(failed))
         return read(path)
 
 

@@ -33,7 +33,7 @@ from compression.common import Context, Row, bytes_on_disk, count
 from compression.measure import in_fresh_process
 from compression.report import write_report
 from compression.tasks import Task, TaskSettings, load_task
-from harness.record import clock, finished, recorded
+from harness.record import checkpoints, clock, finished, recorded
 from harness.training import Training, add_arguments, from_arguments, settings_of
 
 MODULES = (finetuning, hyperparameters, pruning, quantization, structure, distillation, combinations)
@@ -109,7 +109,7 @@ class Run:
             self.full_learning_rate,
             {row: self.folder(row) for row in before},
             {row: MODULE_OF[row].load for row in before},
-            f"{self.folder(name)}.scratch",
+            checkpoints(self.result_path(name)),
             self.search_trials,
         )
 
@@ -133,7 +133,6 @@ class Run:
             score = fresh.pop("score")
             result["reload"] = "equal" if score == result.pop("score") else "differs"
             result |= fresh | {"metrics": score["metrics"], "predictions": score["predictions"]}
-        shutil.rmtree(context.scratch, ignore_errors=True)
         return result
 
     def _unfit(self, row: Row, module: ModuleType, context: Context) -> str | None:
@@ -151,7 +150,7 @@ class Run:
         result["seconds"] = clock() - started
         result |= context.figures | {"bytes": bytes_on_disk(staged)}
         result |= count(module.load(staged))  # dequantizing the int8 of bitsandbytes leaves a model that cannot be used
-        result["score"] = asdict(self.task.score(model, self.task.test))
+        result["score"] = asdict(self.task.score(model, "test"))
         os.rename(staged, folder)
 
 
@@ -161,8 +160,8 @@ def _file_name(name: str) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="sst2", help="a GLUE task (default: sst2)")
-    parser.add_argument("--data-dir", help="folder with glue/TASK/*.jsonl.gz (default: the hub)")
+    parser.add_argument("--task", default="sst2", help="a GLUE task (default: sst2), or commonsense")
+    parser.add_argument("--data-dir", help="folder with glue/ or commonsense/ (default: the hub)")
     parser.add_argument("--methods", nargs="+", default=["all"], help="all, modules or rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--full-learning-rate", type=float, default=1e-4, help="where all weights are trained")

@@ -124,7 +124,7 @@ class ScoredTrainer(Trainer):
         )
 
     def evaluate(self, *arguments, **options):
-        score = self.context.task.score(self.model.eval(), self.context.task.dev)
+        score = self.context.task.score(self.model.eval(), "dev")
         self.progress.update()
         return {"eval_objective": score.metrics[self.context.task.metric]}
 

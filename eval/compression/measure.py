@@ -58,7 +58,7 @@ def measure(settings: TaskSettings, batch: dict, loader: str, folder: str, dense
     model(**{name: t.to(model.device) for name, t in tensors.items()})
     memory = peak_memory_bytes() - before
     task = load_task(settings)
-    score = task.score(model, task.test)
+    score = task.score(model, "test")
     other = importlib.import_module("compression.common").load(dense)
     return {"score": asdict(score), "memory_bytes": memory, **times(model, other, task)}
 

@@ -94,7 +94,7 @@ def recovered(model: nn.Module, context: Context) -> nn.Module:
     sparse = any(not bool(mask.all()) for mask in masks.values())
     model = context.recover(model)
     if sparse:
-        refilled = context.task.score(model, context.task.test)
+        refilled = context.task.score(model, "test")
         context.figures["merged_without_mask"] = refilled.metrics | count(model)
         set_zeros(model, masks)
     return model

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import commonsense
 import glue
 import numpy as np
 import torch
 from harness.rows import split_dev
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+)
 
-BATCH = 32
+from peft_scalora.data import IGNORED_LABEL
+
+BATCH, CHOICES_BATCH = 32, 8
+COMMONSENSE = "commonsense"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Quality on the evaluation rows; `sha256` is of every number the model gave out, so equal means equal bits."""
+    """Quality on some rows; `sha256` is of every number that it was made of, so equal means equal bits."""
 
     metrics: dict[str, float]
     predictions: list[float]
@@ -32,27 +43,30 @@ class Task:
 
     Attributes:
         metric: the name of the primary metric, higher is better.
-        fresh: the pretrained model, ready to be fine-tuned; takes the dtype.
-        score: quality of a model on some of the rows.
+        train, test: encoded rows; those of `test` for measuring times and memory.
+        fresh: the pretrained model, ready to be fine-tuned, in a dtype.
+        score: quality of a model on "dev" or "test".
     """
 
     name: str
     metric: str
     train: list[dict]
-    dev: list[dict]
     test: list[dict]
     data: dict
     collator: Callable
     fresh: Callable[[torch.dtype], nn.Module]
-    score: Callable[[nn.Module, Sequence[dict]], Score]
+    score: Callable[[nn.Module, str], Score]
 
-    def batch(self, rows: Sequence[dict]) -> dict:
+    def batch(self, rows: Sequence[dict]) -> dict[str, Tensor]:
         return dict(self.collator(list(rows)))
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Which rows of which task; enough to have the same task in another process."""
+    """Which rows of which task; enough to have the same task in another process.
+
+    `train_rows`, `dev_rows` and `test_rows` are totals; of the commonsense tasks, each gives as many.
+    """
 
     model: str
     task: str = "sst2"
@@ -68,44 +82,78 @@ def load_task(settings: TaskSettings) -> Task:
     Raises:
         ValueError: no such task. DataError: names file, row and field.
     """
+    if settings.task not in (*glue.TASKS, COMMONSENSE):
+        raise ValueError(f"task={settings.task!r} must be one of {', '.join(glue.TASKS)}, {COMMONSENSE}.")
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if settings.task not in glue.TASKS:
-        raise ValueError(f"task={settings.task!r} must be one of {', '.join(glue.TASKS)}.")
-    return _classification(settings, tokenizer)
+    return (_commonsense if settings.task == COMMONSENSE else _classification)(settings, tokenizer)
 
 
 def _classification(settings: TaskSettings, tokenizer) -> Task:
     name = settings.task
     train, dev = split_dev(glue.load_rows(name, "train", settings.data_dir), settings.dev_rows, settings.train_rows)
     test = glue.load_rows(name, "validation", settings.data_dir).part(0, settings.test_rows)
+    rows = {"train": train, "dev": dev, "test": test}
+    encoded = {part: glue.encode(found, name, tokenizer, settings.max_length) for part, found in rows.items()}
     collator = DataCollatorWithPadding(tokenizer)
 
     def fresh(dtype: torch.dtype) -> nn.Module:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            settings.model, num_labels=glue.TASKS[name].classes, dtype=dtype
-        )
+        classes = glue.TASKS[name].classes
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=classes, dtype=dtype)
         model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
-    def score(model: nn.Module, rows: Sequence[dict]) -> Score:
-        logits = class_logits(model, rows, collator)
+    def score(model: nn.Module, part: str) -> Score:
+        logits = class_logits(model, encoded[part], collator)
         predictions = (logits.argmax(-1) if logits.shape[1] > 1 else logits[:, 0]).double().numpy()
-        metrics = glue.score(name, predictions, rows)
+        labels = [row["labels"] for row in encoded[part]]
+        metrics = glue.score(name, predictions, labels)
         if logits.shape[1] > 1:
-            metrics["loss"] = float(F.cross_entropy(logits.double(), torch.tensor([row["labels"] for row in rows])))
-        return Score(metrics, predictions.tolist(), sha256(logits))
+            metrics["loss"] = float(F.cross_entropy(logits.double(), torch.tensor(labels)))
+        return Score(metrics, predictions.tolist(), _sha256(logits.numpy()))
 
     return Task(
         name=f"glue/{name}",
         metric=glue.TASKS[name].metric,
-        **{
-            part: glue.encode(rows, name, tokenizer, settings.max_length)
-            for part, rows in {"train": train, "dev": dev, "test": test}.items()
-        },
-        data={"train": train.record, "dev": dev.record, "test": test.record},
+        train=encoded["train"],
+        test=encoded["test"],
+        data={part: found.record for part, found in rows.items()},
         collator=collator,
         fresh=fresh,
+        score=score,
+    )
+
+
+def _commonsense(settings: TaskSettings, tokenizer) -> Task:
+    """Scored by the log-likelihood of the right answers, nats a token, and by how often they are the likeliest."""
+    names = list(commonsense.TASKS)
+    train, dev = commonsense.load_mixture(names, settings.data_dir, settings.train_rows, settings.dev_rows)
+    share = None if settings.test_rows is None else settings.test_rows // len(names)
+    test = [commonsense.load_rows(name, "test", settings.data_dir).part(0, share) for name in names]
+    rows = {"train": train, "dev": dev, "test": test}
+    joined = {part: [row for rows in found for row in rows] for part, found in rows.items()}
+    encoded = commonsense.encode(joined["train"], tokenizer, settings.max_length)
+    random.Random(0).shuffle(encoded)
+
+    def score(model: nn.Module, part: str) -> Score:
+        with torch.no_grad():
+            scores = commonsense.score_by_likelihood(model, tokenizer, joined[part], CHOICES_BATCH, part)
+        metrics = commonsense.summary(scores)
+        loss = np.array([score.loss for score in scores])
+        return Score(
+            {"log_likelihood": -metrics["answer_loss"], "accuracy": metrics["accuracy"]},
+            loss.tolist(),
+            _sha256(loss),
+        )
+
+    return Task(
+        name=COMMONSENSE,
+        metric="log_likelihood",
+        train=encoded,
+        test=commonsense.encode(joined["test"], tokenizer, settings.max_length),
+        data={part: [rows.record for rows in found] for part, found in rows.items()},
+        collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL),
+        fresh=lambda dtype: AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype),
         score=score,
     )
 
@@ -122,5 +170,5 @@ def class_logits(model: nn.Module, rows: Sequence[dict], collator: Callable) -> 
     return logits[torch.tensor(np.argsort(order))]
 
 
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -21,10 +21,10 @@ import torch
 from harness.record import clock, peak_memory_bytes
 from torch import nn
 
-from .tasks import BATCH, Task, TaskSettings, load_task
+from .tasks import Task, TaskSettings, load_task
 
 EVAL = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROUNDS = 9
+ROUNDS, BATCH = 5, 8
 
 
 def in_fresh_process(settings: TaskSettings, task: Task, loader: str, folder: str, dense: str) -> dict:
@@ -85,16 +85,16 @@ def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:
 
 
 def interleaved(function: Callable, arguments: list) -> list[tuple[float, ...]]:
-    """Seconds of `function` for every argument in turn, ROUNDS times, after two turns that do not count."""
+    """Seconds of `function` for every argument in turn, ROUNDS times, after one turn that does not count."""
     rounds = []
-    for _ in range(ROUNDS + 2):
+    for _ in range(ROUNDS + 1):
         seconds = []
         for argument in arguments:
             started = clock()
             function(argument)
             seconds.append(clock() - started)
         rounds.append(tuple(seconds))
-    return rounds[2:]
+    return rounds[1:]
 
 
 def main() -> None:

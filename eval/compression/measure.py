@@ -24,7 +24,7 @@ from torch import nn
 from .tasks import Task, TaskSettings, load_task
 
 EVAL = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROUNDS, BATCH = 5, 8
+ROUNDS, SECONDS, BATCH = 5, 2.0, 8
 
 
 def in_fresh_process(settings: TaskSettings, task: Task, loader: str, folder: str, dense: str) -> dict:
@@ -85,16 +85,21 @@ def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:
 
 
 def interleaved(function: Callable, arguments: list) -> list[tuple[float, ...]]:
-    """Seconds of `function` for every argument in turn, ROUNDS times, after one turn that does not count."""
-    rounds = []
-    for _ in range(ROUNDS + 1):
+    """Seconds of `function` for every argument in turn: ROUNDS times at least, and SECONDS long, after a first turn."""
+
+    def turn() -> tuple[float, ...]:
         seconds = []
         for argument in arguments:
             started = clock()
             function(argument)
             seconds.append(clock() - started)
-        rounds.append(tuple(seconds))
-    return rounds[1:]
+        return tuple(seconds)
+
+    turn()
+    rounds, started = [], clock()
+    while len(rounds) < ROUNDS or clock() - started < SECONDS:
+        rounds.append(turn())
+    return rounds
 
 
 def main() -> None:

@@ -1,19 +1,13 @@
-"""What a saved model is worth and what it costs, found out in a process that knows nothing but the folder.
-
-    python -m compression.measure SPECIFICATION.json
-
-Prints one JSON line; `in_fresh_process` is the other end of it.
-"""
+"""What a saved model is worth and what it costs, found out in a process that knows nothing but the folder."""
 
 from __future__ import annotations
 
 import importlib
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -23,6 +17,10 @@ from torch import nn
 
 from .tasks import Task, TaskSettings, load_task
 
+for package in ("torchao", "bitsandbytes"):  # what a package takes itself is no part of a model's memory
+    with suppress(ImportError):
+        importlib.import_module(package)
+
 EVAL = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROUNDS, SECONDS, BATCH = 5, 2.0, 8
 
@@ -30,31 +28,25 @@ ROUNDS, SECONDS, BATCH = 5, 2.0, 8
 def in_fresh_process(settings: TaskSettings, task: Task, loader: str, folder: str, dense: str) -> dict:
     """Score, memory and times of the model that module `loader` loads from `folder`, beside those of `dense`.
 
-    Raises:
-        RuntimeError: with the end of what the process wrote.
+    The process is a child of a server that has imported this module and never saw a model.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if EVAL not in path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([EVAL, *filter(None, path)])  # where the server looks
     batch = {name: t.tolist() for name, t in task.batch(task.test[:BATCH]).items()}
-    specification = json.dumps(
-        {"settings": asdict(settings), "batch": batch, "loader": loader, "folder": folder, "dense": dense}
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([EVAL, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run(
-        [sys.executable, "-m", "compression.measure", specification], capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{folder} could not be loaded and scored again:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, settings, batch, loader, folder, dense).result()
 
 
 @torch.no_grad()
 def measure(settings: TaskSettings, batch: dict, loader: str, folder: str, dense: str) -> dict:
     """`batch` is measured for memory before any rows are read, which would take more than a small model."""
-    for package in ("torchao", "bitsandbytes"):  # what a package takes itself is no part of a model's memory
-        with suppress(ImportError):
-            importlib.import_module(package)
     tensors = {name: torch.tensor(values) for name, values in batch.items()}
+    method = importlib.import_module(loader)
     before = peak_memory_bytes()
-    model = importlib.import_module(loader).load(folder)
+    model = method.load(folder)
     model(**{name: t.to(model.device) for name, t in tensors.items()})
     memory = peak_memory_bytes() - before
     task = load_task(settings)
@@ -100,13 +92,3 @@ def interleaved(function: Callable, arguments: list) -> list[tuple[float, ...]]:
     while len(rounds) < ROUNDS or clock() - started < SECONDS:
         rounds.append(turn())
     return rounds
-
-
-def main() -> None:
-    specification = json.loads(sys.argv[1])
-    specification["settings"] = TaskSettings(**specification["settings"])
-    print(json.dumps(measure(**specification)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,436 @@
+"""eval/methods.py: every method on tiny models, against models that are cut, masked and counted by hand."""
+
+import copy
+import gzip
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import distance, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from helpers_runs import classification_rows, save_tokenizer
+from safetensors.numpy import load_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+import methods
+from compression import distillation, pruning, quantization, report, shrink, structure
+from compression.common import Row, count
+from compression.common import load as load_plain
+from compression.tasks import TaskSettings, load_task
+
+MODELS = {"bert": tiny_bert, "llama": tiny_llama}
+IN_DOUBLE = {"bert": 1e-12, "llama": 1e-5}  # whose norms compute in float32
+both_models = pytest.mark.parametrize("kind", MODELS)
+
+
+def double(kind, **options):
+    torch.manual_seed(3)
+    return MODELS[kind](**options).double().eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+# taking out
+
+
+@both_models
+@pytest.mark.parametrize("part, amount", [("neurons", 0.4), ("heads", 0.5)])
+def test_model_without_units_computes_what_the_masked_one_does(kind, part, amount):
+    model = double(kind)
+    masked, sliced = copy.deepcopy(model), pruning.prune_units(copy.deepcopy(model), part, amount)
+    layout = shrink.LAYOUTS[kind]
+    reader = layout.mlp_out if part == "neurons" else layout.attention_out
+    units = 24 if part == "neurons" else 2  # of Llama's four heads, two share keys and values
+    for i in range(2):
+        layer = masked.get_submodule(f"{layout.layers}.{i}")
+        stay = np.sort(np.argsort(importance_by_hand(layer, kind, part))[-round(units * (1 - amount)) :])
+        features = layer.get_submodule(reader).in_features
+        mask = torch.tensor(np.isin(np.arange(units), stay).repeat(features // units))
+        layer.get_submodule(reader).register_forward_pre_hook(lambda _, x, m=mask: (x[0] * m,))
+        assert sliced.get_submodule(f"{layout.layers}.{i}.{reader}").in_features == len(stay) * features // units
+    assert distance(logits(sliced), logits(masked)) < IN_DOUBLE[kind]
+    assert distance(logits(sliced), logits(model)) > 1e-3
+    assert count(sliced)["parameters"] < count(model)["parameters"]
+
+
+def importance_by_hand(layer, kind, part):
+    """Norm of the weights into a unit times norm of those out of it, unit by unit."""
+    weights = {name: p.detach().numpy() for name, p in layer.named_parameters()}
+    if part == "neurons":
+        names = {"bert": ("intermediate.dense", "output.dense"), "llama": ("mlp.gate_proj", "mlp.down_proj")}[kind]
+        into = [weights[f"{names[0]}.weight"]] + ([weights["mlp.up_proj.weight"]] if kind == "llama" else [])
+        out = weights[f"{names[1]}.weight"]
+        return [
+            math.sqrt(sum(float((w[i] ** 2).sum()) for w in into)) * np.linalg.norm(out[:, i])
+            for i in range(len(out.T))
+        ]
+    names = {
+        "bert": ("attention.self.value", "attention.output.dense"),
+        "llama": ("self_attn.v_proj", "self_attn.o_proj"),
+    }
+    value, out = (weights[f"{name}.weight"] for name in names[kind])
+    rows, columns = len(value) // 2, out.shape[1] // 2
+    return [
+        np.linalg.norm(value[i * rows : (i + 1) * rows]) * np.linalg.norm(out[:, i * columns : (i + 1) * columns])
+        for i in range(2)
+    ]
+
+
+@both_models
+def test_model_of_fewer_layers_runs_the_kept_ones(kind):
+    model = double(kind) if kind == "bert" else double(kind, num_hidden_layers=4)
+    kept = [1] if kind == "bert" else [0, 3]
+    by_hand = copy.deepcopy(model)
+    layers = by_hand.get_submodule(shrink.LAYOUTS[kind].layers)
+    parent, name = by_hand.get_submodule(shrink.LAYOUTS[kind].layers.rpartition(".")[0]), "layer"
+    setattr(parent, name if kind == "bert" else "layers", nn.ModuleList(layers[i] for i in kept))
+    by_hand.config.num_hidden_layers = len(kept)
+    by_hand.config.use_cache = False
+    fewer = shrink.keep_layers(model, kept)
+    assert fewer.config.num_hidden_layers == len(kept)
+    assert torch.equal(logits(fewer), logits(by_hand))
+
+
+def test_llama_without_features_that_nothing_writes_is_the_same_function():
+    """A root mean square over fewer features is larger by a known factor, which the norms' weights can take back."""
+    model, index, factor = double("llama"), torch.arange(0, 16, 2), 2.0
+    dropped = torch.arange(1, 16, 2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, dropped] = 0
+        for layer in model.model.layers:
+            for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writer.weight[dropped] = 0
+    narrow = shrink.keep_hidden(model, index)
+    for module in narrow.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.weight.data *= math.sqrt(factor)
+            module.variance_epsilon *= factor
+    assert narrow.config.hidden_size == 8
+    assert distance(logits(narrow), logits(model)) < IN_DOUBLE["llama"]
+
+
+@both_models
+def test_narrow_model_is_an_ordinary_one(kind, tmp_path):
+    narrow = structure.narrow(double(kind).float(), 0.5)
+    narrow.save_pretrained(tmp_path)
+    again = type(narrow).from_pretrained(tmp_path).eval()
+    assert (again.config.hidden_size, again.config.intermediate_size) == (8, 12)
+    assert torch.equal(logits(again), logits(narrow))
+
+
+def test_bert_needs_heads_as_wide_as_its_features():
+    with pytest.raises(ValueError, match="hidden=8 features need heads of that width together, not 16"):
+        shrink.keep_hidden(double("bert"), torch.arange(8))
+
+
+@both_models
+def test_layers_that_change_nothing_are_dropped_first(kind):
+    model = double(kind, num_hidden_layers=4) if kind == "llama" else double(kind)
+    layer = model.get_submodule(f"{shrink.LAYOUTS[kind].layers}.0")
+    if kind == "llama":
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            nn.init.zeros_(writer.weight)
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens()), "labels": tokens()}
+    kept = structure.influential_layers(model, batch, 0.25 if kind == "llama" else 0.5)
+    assert kept == ([1, 2, 3] if kind == "llama" else [1])  # the last layer stays
+
+
+def test_sizes_that_kernels_like():
+    assert [shrink.kept_count(*pair) for pair in [(1536, 1 / 3), (1000, 0.5), (12, 1 / 3), (3, 0.99), (6, 0.5)]] == [
+        1024,
+        504,  # multiples of gcd(64, 1000) = 8
+        8,
+        1,
+        3,
+    ]
+
+
+# zeros
+
+
+def test_pruned_weights_are_the_smallest_and_counted_as_saved(tmp_path):
+    model = tiny_bert()
+    before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    pruning.prune_weights(model, 0.7)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert count(load_plain(str(tmp_path))) == {
+        "parameters": sum(w.size for w in saved.values()),
+        "nonzeros": sum(np.count_nonzero(w) for w in saved.values()),
+    }
+    for name, was in before.items():
+        if not re.search(r"(query|key|value|dense)\.weight", name):
+            assert np.array_equal(saved[name], was)
+            continue
+        gone = saved[name] == 0
+        assert gone.sum() == round(0.7 * gone.size)
+        assert np.abs(was[gone]).max() <= np.abs(was[~gone]).min()
+        assert np.array_equal(saved[name][~gone], was[~gone])
+
+
+# distillation
+
+
+def test_distillation_loss_is_the_papers():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.standard_normal((2, 5, 3))
+    states, targets = rng.standard_normal((2, 3, 4, 6, 8))
+    mask = rng.integers(0, 2, (4, 6))
+    a, b, T, hard = distillation.SOFT, distillation.HIDDEN, distillation.TEMPERATURE, 0.8
+    soft = 0.0
+    for s, t in zip(student, teacher):
+        p, q = (np.exp(x / T) / np.exp(x / T).sum() for x in (t, s))
+        soft += sum(p[c] * math.log(p[c] / q[c]) for c in range(3)) / len(student)
+    hidden = 0.0
+    for S, H in zip(states, targets):
+        pairs = [(S[i, j], H[i, j]) for i in range(4) for j in range(6) if mask[i, j]]
+        hidden += sum(((s - h) ** 2).sum() for s, h in pairs) / sum((h**2).sum() for _, h in pairs) / len(states)
+    expected = (1 - a) * hard + a * T**2 * soft + b * hidden
+    numbers = [torch.tensor(x) for x in (hard, student, teacher, states, targets, mask)]
+    assert float(distillation.distillation_loss(*numbers)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_language_model_learns_the_logits_before_its_labels():
+    labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, -100]])
+    found = distillation.learned(torch.arange(8.0).reshape(2, 4, 1), labels)
+    assert found[:, 0].tolist() == [1, 2, 4]
+
+
+# runs
+
+
+def save_model(folder):
+    """Wide enough for the 4-bit kernels of both libraries."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+        max_position_embeddings=32, initializer_range=0.2, num_labels=2,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_rows(folder):
+    path = folder / "glue" / "sst2"
+    path.mkdir(parents=True)
+    for split in ("train", "validation"):
+        with gzip.open(path / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in classification_rows(60))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Model, data, and where results go."""
+    folder = tmp_path_factory.mktemp("methods")
+    return folder, save_model(folder / "model"), save_rows(folder / "data")
+
+
+def arguments(place, output, *others):
+    folder, model, data = place
+    given = {"model": model, "data-dir": data, "steps": 3, "batch-size": 8, "warmup-steps": 1, "dev-rows": 20, "r": 2}
+    given |= {"search-trials": 2, "models": folder / "models", "output": folder / output}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))] + list(others)
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A run whose rows are built in this process."""
+    parsed = methods.parse(arguments(place, "here"))
+    settings = TaskSettings(place[1], data_dir=place[2], dev_rows=20)
+    training = methods.from_arguments(parsed)
+    return methods.Run(
+        load_task(settings), settings, training, 1e-3, 2, str(place[0] / "built"), str(place[0] / "here")
+    )
+
+
+def built(run, name):
+    """Build the row and what it needs; its result."""
+    for row in methods.with_requirements([name]):
+        if not os.path.isdir(run.folder(row)) or row == name:
+            result = {}
+            module, context = methods.MODULE_OF[row], run.context(row)
+            assert run._unfit(methods.row_of(row), module, context) is None
+            run._build(module, methods.row_of(row), context, run.folder(row), result)
+    return result
+
+
+@pytest.mark.parametrize("name", methods.MODULE_OF)
+def test_every_row_is_the_same_after_loading(run, name):
+    result = built(run, name)
+    again = methods.MODULE_OF[name].load(run.folder(name))
+    assert result["score"] == vars(run.task.score(again, "test"))
+    assert not [path for path in Path(run.folder(name)).rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_merging_fills_zeros_which_are_set_again(run):
+    pruned, result = built(run, "l1-70"), built(run, "l1-70+scalora")
+    assert result["nonzeros"] <= pruned["nonzeros"]
+    assert result["merged_without_mask"]["nonzeros"] > 2 * pruned["nonzeros"]
+
+
+def test_quantized_values_are_near_the_weights(run):
+    """Counting reads the weights through the packing: a wrong reading would not be near."""
+    built(run, "torchao-int4")
+    dense, packed = load_plain(run.folder("dense")), quantization.load(run.folder("torchao-int4"))
+    weight = dense.bert.encoder.layer[0].output.dense.weight.float()
+    identity = torch.eye(weight.shape[1], dtype=torch.bfloat16)
+    layer = packed.bert.encoder.layer[0].output.dense
+    read = nn.functional.linear(identity, layer.weight).T.float()
+    groups = weight.reshape(len(weight), -1, quantization.GROUP)
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    assert ((read - weight).abs() <= 0.6 * step.repeat_interleave(quantization.GROUP, 1) + 1e-2).all()
+    assert os.path.getsize(Path(run.folder("torchao-int4")) / quantization.PACKED) < 0.3 * os.path.getsize(
+        Path(run.folder("dense")) / "model.safetensors"
+    )
+
+
+def test_search_continues_and_trains_with_the_best(run):
+    first = methods.MODULE_OF["search"]
+    context = replace(run.context("search"), scratch=str(Path(run.models) / "study"), search_trials=1)
+    assert len(first.search(context).trials) == 1
+    context.search_trials = 3
+    study = first.search(context)
+    assert len(study.trials) == 3
+    assert study.best_value == max(trial.value for trial in study.trials)
+    assert len({trial.params["learning_rate"] for trial in study.trials}) == 3
+    context.figures.clear()
+    first.build(methods.row_of("search"), context, str(Path(run.models) / "searched"))
+    assert context.figures["best"] == study.best_params
+    assert len(context.figures["trials"]) == 3
+
+
+def test_rows_go_through_a_fresh_process_into_the_table(place, capsys):
+    """One row of each way of loading, one that does not fit, one that fails; and nothing is done twice."""
+    output = place[0] / "fresh"
+    rows = ["heads", "torchao-int8", "neurons, bnb-nf4+scalora"]
+    given = arguments(place, "fresh", "--methods", *rows)
+    assert methods.main(given) == 0
+    results = {path.name: json.loads(path.read_text()) for path in output.glob("*.json")}
+    assert set(results) == {
+        f"{name}-seed0.json" for name in ("dense", "heads", "neurons", "torchao-int8", "neurons-then-bnb-nf4+scalora")
+    }
+    for name, result in results.items():
+        assert result["status"] == "finished"
+        assert result["reload"] == "equal", name
+        assert result["memory_bytes"] > 0
+        assert result["latency_ratio"] > 0
+    table = (output / "methods.md").read_text()
+    assert table.count("| equal |") == 5
+    assert (output / "methods.png").read_bytes().startswith(b"\x89PNG")
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
+    assert methods.main(given) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
+
+
+def test_what_does_not_fit_and_what_fails_are_rows(place, monkeypatch, tmp_path):
+    """The others are done all the same."""
+    fresh = {"latency_ratio": 1.0, "throughput_ratio": 1.0, "memory_bytes": 1}
+    scores = []
+    build = methods.Run._build
+
+    def build_and_keep(*given):
+        build(*given)
+        scores.append(given[-1]["score"])
+
+    monkeypatch.setattr(methods.Run, "_build", build_and_keep)
+    monkeypatch.setattr(methods, "in_fresh_process", lambda *_: fresh | {"score": scores[-1] | {"sha256": "another"}})
+    monkeypatch.setattr(pruning, "prune_weights", lambda *_: 1 / 0)
+    monkeypatch.setattr(structure, "misfit", lambda row, base: "no layer can go")
+    given = [*arguments(place, "unfit"), "--models", str(tmp_path)]
+    assert methods.main([*given, "--methods", "l1-20", "layers+scalora", "bfloat16"]) == 1
+    table = (place[0] / "unfit" / "methods.md").read_text()
+    assert "| l1-20 | ZeroDivisionError: division by zero |" in table
+    assert "| layers | no layer can go |" in table
+    assert "| layers+scalora | it starts from 'layers', which there is none of |" in table
+    assert len(re.findall(r"\| (dense|bfloat16) \|.*\| differs \|", table)) == 2
+
+
+# what does not fit
+
+
+def test_reasons(monkeypatch):
+    bert, gpt2 = tiny_bert(), tiny_gpt2()
+    assert "layers of 'gpt2' are not known (known: bert, llama)" in pruning.misfit(pruning.ROWS["neurons"], gpt2)
+    assert "layers of 'gpt2' are not known" in structure.misfit(structure.ROWS["layers"], gpt2)
+    assert pruning.misfit(pruning.ROWS["l1-50"], gpt2) == "it has no linear layer to prune"
+    little = Row("", options={"part": "heads", "amount": 0.1})
+    assert pruning.misfit(little, bert) == "of 2 groups of heads in a layer none goes at an amount of 0.10"
+    assert structure.misfit(Row("", options={"part": "layers", "amount": 0.1}), bert).startswith(
+        "of 2 layers none goes"
+    )
+    assert "multiple of 32, not 24" in quantization.misfit(quantization.ROWS["bnb-nf4"], bert)
+    assert "multiple of 32 inputs, not 16" in quantization.misfit(quantization.ROWS["torchao-int4"], bert)
+    pruned = pruning.prune_units(bert, "heads", 0.5)
+    assert "heads taken out" in quantization.misfit(quantization.ROWS["torchao-int8"], pruned)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    assert "torchao is not installed: pip install" in quantization.misfit(quantization.ROWS["torchao-int8"], bert)
+
+
+def test_no_int4_kernel_is_a_reason(monkeypatch):
+    def none(*_):
+        raise RuntimeError("no kernel\nand a long trace")
+
+    monkeypatch.setattr(quantization, "quantize_int4", none)
+    wide = nn.Sequential(nn.Linear(32, 32))
+    assert quantization._int4_misfit([wide[0]]) == "no int4 kernel for this CPU: no kernel"
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(ValueError, match=r"methods=\['prune'\] must be among all, bfloat16, "):
+        methods.chosen_rows(["l1-20", "prune"])
+
+
+def test_rows_come_after_what_they_start_from():
+    order = list(methods.with_requirements(["neurons, bnb-nf4+scalora", "l1-70+scalora"]))
+    assert order == ["dense", "neurons", "neurons, bnb-nf4+scalora", "l1-70", "l1-70+scalora"]
+    assert methods.chosen_rows(["structure", "l1-20"]) == ["l1-20", *structure.ROWS]
+    assert set(methods.with_requirements(methods.chosen_rows(["all"]))) == set(methods.MODULE_OF)
+
+
+# report
+
+
+def result_of(name, seed, quality, size):
+    return {
+        "status": "finished", "settings": {"row": name}, "metric": "accuracy", "method": "m", "caveat": "c",
+        "metrics": {"accuracy": quality, "loss": 2 * quality}, "parameters": 3e6, "nonzeros": 2e6, "bytes": size,
+        "memory_bytes": 5e6, "latency_ratio": 0.5, "throughput_ratio": 2.0, "seconds": 7.0 + seed, "reload": "equal",
+    }  # fmt: skip
+
+
+def test_table_is_of_the_results(tmp_path):
+    qualities = [0.5, 0.75, 0.9]
+    for seed, quality in enumerate(qualities):
+        (tmp_path / f"a-seed{seed}.json").write_text(json.dumps(result_of("a", seed, quality, 4e6)))
+    (tmp_path / "b-seed0.json").write_text(json.dumps(result_of("b", 0, 0.8, 3e6)))
+    report.write_report(str(tmp_path), ["b", "a", "c"])
+    lines = (tmp_path / "methods.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[0] for row in cells] == ["row", "---", "b", "a"]
+    mean, error = np.mean(qualities), np.std(qualities, ddof=1) / math.sqrt(3)
+    assert cells[3][:4] == ["a", f"{mean:.3f} ± {error:.3f}", f"{2 * mean:.3f}", "3.0"]
+    assert cells[2][1] == "0.800"
+    assert cells[3][9] == "8"
+    assert all(len(row) == len(cells[0]) for row in cells)
+
+
+def test_pareto_front_is_of_points_that_none_beats():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        points = [tuple(p) for p in rng.integers(0, 6, (12, 2)).tolist()]
+        front = [points[i] for i in report.pareto_front(points)]
+        beaten = [any((q[0] <= p[0] and q[1] >= p[1] and q != p) for q in points) for p in points]
+        assert sorted(set(front)) == sorted({p for p, lost in zip(points, beaten) if not lost})

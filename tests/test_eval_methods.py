@@ -371,7 +371,7 @@ def test_reasons(monkeypatch):
     assert structure.misfit(Row("", options={"part": "layers", "amount": 0.1}), bert).startswith(
         "of 2 layers none goes"
     )
-    assert "multiple of 32, not 24" in quantization.misfit(quantization.ROWS["bnb-nf4"], bert)
+    assert "multiple of 32, not 16" in quantization.misfit(quantization.ROWS["bnb-nf4"], bert)
     assert "multiple of 32 inputs, not 16" in quantization.misfit(quantization.ROWS["torchao-int4"], bert)
     pruned = pruning.prune_units(bert, "heads", 0.5)
     assert "heads taken out" in quantization.misfit(quantization.ROWS["torchao-int8"], pruned)

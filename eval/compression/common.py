@@ -13,7 +13,7 @@ from harness.training import DTYPES, Training, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
 from peft_scalora.quantized import dequantized
 
@@ -61,6 +61,7 @@ class Context:
     def base(self, row: Row) -> nn.Module:
         """The model that `row` starts from, in evaluation mode."""
         if row.after is None:
+            set_seed(self.training.seed)  # of a head that is drawn
             return self.task.fresh(DTYPES[self.training.dtype]).eval()
         return self.loaders[row.after](self.folders[row.after])
 

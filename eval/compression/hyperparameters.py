@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
+import torch
 from harness.training import DTYPES, train
 from torch import nn
 from tqdm import tqdm
@@ -111,8 +112,8 @@ class ScoredTrainer(Trainer):
             save_strategy="no",
             report_to="none",
             seed=context.training.seed,
-            use_cpu=not _cuda(),
-            dataloader_pin_memory=_cuda(),
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
             disable_tqdm=True,
         )
@@ -127,9 +128,3 @@ class ScoredTrainer(Trainer):
         score = self.context.task.score(self.model.eval(), "dev")
         self.progress.update()
         return {"eval_objective": score.metrics[self.context.task.metric]}
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

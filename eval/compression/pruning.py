@@ -26,15 +26,17 @@ ROWS = {
         options={"part": "heads", "amount": 1 / 3},
     ),
     "heads+scalora": Row("as heads", "heads"),
-    "neurons": Row("every layer loses as many, so that it stays an ordinary model", options={"amount": 1 / 3}),
+    "neurons": Row(
+        "every layer loses as many, so that it stays an ordinary model", options={"part": "neurons", "amount": 1 / 3}
+    ),
     "neurons+scalora": Row("as neurons", "neurons"),
 }
 
 
 def misfit(row: Row, base: nn.Module) -> str | None:
-    part = row.options.get("part", "neurons")
-    if not row.options:
+    if not row.options:  # recovery of a model that was pruned
         return None
+    part = row.options["part"]
     if part == "weights":
         return None if prunable(base) else "it has no linear layer to prune"
     reason = shrink.misfit(base)
@@ -49,10 +51,10 @@ def build(row: Row, context: Context, folder: str) -> nn.Module:
     model = context.base(row)
     if not row.options:
         model = recovered(model, context)
-    elif row.options.get("part") == "weights":
+    elif row.options["part"] == "weights":
         prune_weights(model, row.options["amount"])
     else:
-        model = prune_units(model, row.options.get("part", "neurons"), row.options["amount"])
+        model = prune_units(model, row.options["part"], row.options["amount"])
     save(model, folder)
     return model
 

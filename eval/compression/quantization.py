@@ -10,6 +10,7 @@ import os
 from importlib.util import find_spec
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -159,7 +160,6 @@ def save_packed(model: PreTrainedModel, names: list[str], folder: str) -> None:
 
 
 def load_packed(folder: str) -> PreTrainedModel:
-    import transformers
     from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 
     config = AutoConfig.from_pretrained(folder)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from . import shrink
 from .common import Context, Row, load, save
+from .pruning import prune_units
 
 __all__ = ["ROWS", "build", "load", "misfit"]
 
@@ -67,8 +68,6 @@ def influential_layers(model: nn.Module, batch: dict, amount: float) -> list[int
 
 def narrow(model: nn.Module, amount: float) -> nn.Module:
     """Fewer heads, neurons and hidden features, each by importance, all by about `amount`."""
-    from .pruning import prune_units
-
     groups = shrink.head_groups(model.config)
     hidden = model.config.hidden_size // groups * shrink.kept_count(groups, amount)
     for part in ("heads", "neurons"):

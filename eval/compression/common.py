@@ -65,17 +65,23 @@ class Context:
             return self.task.fresh(DTYPES[self.training.dtype]).eval()
         return self.loaders[row.after](self.folders[row.after])
 
-    def fine_tune(self, model: nn.Module, method: str, trainer_class: Callable[..., Trainer] = Trainer) -> nn.Module:
-        """`model` trained on the task by "full", "lora" or "scalora"; for adapters, the model with the adapter."""
-        settings = replace(self.training, method=method)
+    def fine_tune(
+        self, model: nn.Module, method: str, trainer_class: Callable[..., Trainer] = Trainer, **changes
+    ) -> nn.Module:
+        """`model` trained on the task by "full", "lora" or "scalora"; for adapters, the model with the adapter.
+
+        `changes` are to fields of `training`.
+        """
         if method == "full":
-            settings = replace(settings, learning_rate=self.full_learning_rate)
+            changes = {"learning_rate": self.full_learning_rate} | changes
+        settings = replace(self.training, method=method, **changes)
         folder = os.path.join(self.scratch, "checkpoints")
         model, figures = train(
             settings, model, self.task.train, self.task.collator, lambda _: {}, folder, trainer_class
         )
+        last = [loss for *_, loss in figures["losses"][-10:]]
+        self.figures["mean_of_last_losses"] = sum(last) / len(last)
         self.figures |= {name: figures[name] for name in ("trainable_parameters", "effective_rank", "steps", "tokens")}
-        self.figures["last_loss"] = sum(loss for *_, loss in figures["losses"][-10:]) / len(figures["losses"][-10:])
         return model.eval()
 
     def recover(self, model: nn.Module, method: str = "scalora") -> nn.Module:

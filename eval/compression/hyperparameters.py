@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
 import torch
-from harness.training import DTYPES, train
+from harness.training import DTYPES
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
@@ -28,30 +27,17 @@ def misfit(row: Row, base: nn.Module) -> str | None:
 def build(row: Row, context: Context, folder: str) -> nn.Module:
     """Train with the settings that were best on the dev rows; a study that was interrupted goes on."""
     study = search(context)
-    best = study.best_trial
+    best = study.best_trial.params
+    context.figures["best"] = best
     context.figures["trials"] = [
         {**trial.params, context.task.metric: trial.value} for trial in study.get_trials(states=[_complete()])
     ]
-    context.figures["best"] = best.params
-    settings = replace(
-        context.training,
-        method="full",
-        learning_rate=best.params["learning_rate"],
-        batch_size=best.params["per_device_train_batch_size"],
-        steps=max(
-            1,
-            round(
-                best.params["num_train_epochs"] * len(context.task.train) / best.params["per_device_train_batch_size"]
-            ),
-        ),
-    )
-    checkpoints = os.path.join(context.scratch, "checkpoints")
-    model, figures = train(
-        settings, context.base(row), context.task.train, context.task.collator, lambda _: {}, checkpoints
-    )
-    context.figures |= {name: figures[name] for name in ("trainable_parameters", "steps", "tokens")}
+    batch = best["per_device_train_batch_size"]
+    steps = max(1, round(best["num_train_epochs"] * len(context.task.train) / batch))
+    changes = {"learning_rate": best["learning_rate"], "batch_size": batch, "steps": steps}
+    model = context.fine_tune(context.base(row), "full", **changes)
     save(model, folder)
-    return model.eval()
+    return model
 
 
 def search(context: Context):

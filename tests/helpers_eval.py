@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import BertForSequenceClassification, LlamaForCausalLM
-
 from helpers_models import VOCABULARY, tiny_bert, tiny_llama
+from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 EVAL = Path(__file__).parents[1] / "eval"
 sys.path.insert(0, str(EVAL))  # the evaluation is scripts, not a package

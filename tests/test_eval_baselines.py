@@ -66,6 +66,14 @@ def test_the_head_of_a_classifier_is_trained(method, tmp_path):
     assert {name.rpartition(".")[2] for name in names if "classifier" in name} == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora", "qscalora"}))
+def test_what_is_trained_is_float32_whatever_the_base(method, tmp_path):
+    base = plain_model("llama").bfloat16()
+    model, figures = run("llama", method, tmp_path, model=base, dtype="bfloat16")
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    assert all(math.isfinite(loss) for _, _, loss in figures["losses"])
+
+
 LIKE_LORA = ("lora", "rslora", "pissa", "lora-ga", "relora", "hira", "scalora")
 
 
@@ -111,7 +119,7 @@ def test_hyperparameters_of_the_peft_methods(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora", "qscalora", "fourierft"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora", "qscalora"}))
 def test_training_starts_from_the_base_model(kind, method):
     base, tokens = plain_model(kind).eval(), torch.arange(2, 16).reshape(2, 7)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
@@ -92,6 +93,11 @@ def eva(model, settings, batches) -> Prepared:
         prepare_layer_inputs_fn=_layer_inputs,
         show_progress_bar=False,
     )
+    # A layer whose rank has changed has new factors, of the base's type.
+    for layer in prepared.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.float()
+            layer.lora_B.float()
     return prepared
 
 
@@ -132,11 +138,14 @@ def randlora(model, settings, batches) -> Prepared:
 
 
 def fourierft(model, settings, batches) -> Prepared:
-    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average."""
+    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average.
+
+    Coefficients start at zero: with so many of them, the paper's N(0, 1) would be as large as a small model's weights.
+    """
     shapes = [tuple(layer.weight.shape) for layer in target_layers(model, settings).values()]
     frequencies = min(lora_parameters(shapes, settings.r) // len(shapes), min(m * n for m, n in shapes))
-    config = FourierFTConfig(n_frequency=frequencies, scaling=FOURIER_SCALING, **common_fields(model, settings))
-    return Prepared(get_peft_model(model, config))
+    options = {"n_frequency": frequencies, "scaling": FOURIER_SCALING, "init_weights": True}
+    return Prepared(get_peft_model(model, FourierFTConfig(**options, **common_fields(model, settings))))
 
 
 class UncarriedAdamW(torch.optim.AdamW):

@@ -18,6 +18,8 @@ from peft import (
     initialize_lora_eva_weights,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
@@ -71,14 +73,39 @@ def lora_ga(model, settings, batches) -> Prepared:
 
 
 def eva(model, settings, batches) -> Prepared:
-    """Initialised by the activations of `batches` (arXiv 2410.07170), ranks redistributed between layers (rho = 2)."""
-    use_label_mask = task_type(model) == TaskType.CAUSAL_LM  # a classifier's labels mask no position
-    options = {"init_lora_weights": "eva", "eva_config": EvaConfig(use_label_mask=use_label_mask)}
-    prepared = lora(model, settings, batches, **options)
+    """Initialised by the activations of `batches` (arXiv 2410.07170), ranks redistributed between layers (rho = 2).
+
+    Raises:
+        ValueError: no batch has as many inputs of a layer as PEFT takes components of them, and so would wait for ever.
+    """
+    is_classifier = task_type(model) == TaskType.SEQ_CLS
+    config = EvaConfig(use_label_mask=not is_classifier)  # a classifier's labels mask no position
+    inputs = max(len(b["labels"]) if is_classifier else int((b["labels"] != -100).sum()) for b in batches)
+    if inputs < config.rho * settings.r:
+        raise ValueError(
+            f"batch_size={settings.batch_size} gives method='eva' {inputs} rows of a classifier or answer tokens at a "
+            f"time, and r={settings.r} needs {config.rho * settings.r:.0f}: choose a larger batch_size."
+        )
+    prepared = lora(model, settings, batches, init_lora_weights="eva", eva_config=config)
     initialize_lora_eva_weights(
-        prepared.model, [_on_device(batch, model) for batch in batches], show_progress_bar=False
+        prepared.model,
+        [_on_device(batch, model) for batch in batches],
+        prepare_layer_inputs_fn=_layer_inputs,
+        show_progress_bar=False,
     )
+    # A layer whose rank has changed has new factors, of the base's type.
+    for layer in prepared.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.float()
+            layer.lora_B.float()
     return prepared
+
+
+def _layer_inputs(layer_input, positions: torch.Tensor, name: str) -> torch.Tensor:
+    """PEFT's choice of the positions that are no padding, but all rows of what a classifier has pooled."""
+    if layer_input[0].dim() == 2:
+        return layer_input[0].contiguous()  # PEFT takes a view of it
+    return prepare_layer_inputs_fn_language_modeling(layer_input, positions, name)
 
 
 def _on_device(batch: dict, model: nn.Module) -> dict:
@@ -111,11 +138,14 @@ def randlora(model, settings, batches) -> Prepared:
 
 
 def fourierft(model, settings, batches) -> Prepared:
-    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average."""
+    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average.
+
+    Coefficients start at zero: with so many of them, the paper's N(0, 1) would be as large as a small model's weights.
+    """
     shapes = [tuple(layer.weight.shape) for layer in target_layers(model, settings).values()]
     frequencies = min(lora_parameters(shapes, settings.r) // len(shapes), min(m * n for m, n in shapes))
-    config = FourierFTConfig(n_frequency=frequencies, scaling=FOURIER_SCALING, **common_fields(model, settings))
-    return Prepared(get_peft_model(model, config))
+    options = {"n_frequency": frequencies, "scaling": FOURIER_SCALING, "init_weights": True}
+    return Prepared(get_peft_model(model, FourierFTConfig(**options, **common_fields(model, settings))))
 
 
 class UncarriedAdamW(torch.optim.AdamW):

@@ -1,7 +1,7 @@
-"""Final answers of GSM8K and MATH: finding them in a text, and telling whether two are equal. Needs math-verify.
+r"""Final answers of GSM8K and MATH: finding them in a text, and telling whether two are equal. Needs math-verify.
 
-Strict: only an answer in the data set's own form counts, `#### NUMBER` or `\\boxed{...}`. Flexible: GSM8K takes the last
-number of the text, as lm-eval's flexible-extract does; MATH the boxed answer, or else the last expression.
+Strict: only an answer in the data set's own form counts, `#### NUMBER` or `\boxed{...}`. Flexible: for GSM8K the last
+number of the text, as in lm-eval's flexible-extract; for MATH the boxed answer, or else the last expression.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math_verify.errors import TimeoutException
 # grade_school_math/dataset.py of openai/grade-school-math (ANS_RE).
 GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 NUMBER = re.compile(r"(?:(?<![\w)\].])-)?(?:\\?\$)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+([^{}$]+))")
 BOXED = (LatexExtractionConfig(boxed_match_priority=0),)
 ANYTHING = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
@@ -38,13 +38,18 @@ def last_number(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` that is closed; braces may nest, escaped ones are text."""
-    for start in reversed([match.end() for match in BOX.finditer(text)]):
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` that is closed; None if there is none.
+
+    Braces may nest, escaped ones are text. `\boxed 9$`, as MATH has it twice, is read up to the dollar.
+    """
+    for box in reversed(list(BOX.finditer(text))):
+        if not box[1]:
+            return box[2].strip()
         depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        for brace in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                return text[start : start + brace.start()].strip()
+                return text[box.end() : box.end() + brace.start()].strip()
     return None
 
 

@@ -149,12 +149,13 @@ def test_same_answer(reference, answer, same):
     [
         ("we get $x = 3$ and so $y = \\frac{1}{2}$.", True),
         ("the answer is 0.5", True),
-        ("the answer is 1/2, which is more than 1/3", False),
+        ("the answer is 1/2, which is more than 1/3", True),
+        ("it is 1/2, which is more than 1/3", False),
         (r"first $\frac12$, then $7$", False),
         ("nothing at all", False),
     ],
 )
-def test_the_last_expression_of_a_text(text, agrees):
+def test_the_answer_of_a_text_without_a_box(text, agrees):
     assert MathVerify().agrees(r"\frac{1}{2}", text) is agrees
 
 

@@ -141,6 +141,7 @@ def test_a_run_that_is_killed_while_it_generates_continues(model_folder, data_di
     whole = run(*args, str(tmp_path / "whole.json"))
     assert whole["curve"][-1]["step"] == whole["steps"] == 3 and len(whole["rows"]) == 8
     assert whole["metric"] == "strict" and whole["trainable_parameters"] > 0
+    assert [step for step, _, _ in whole["losses"]] == [1, 2, 3]
 
     calls = []
     original = LlamaForCausalLM.generate
@@ -161,7 +162,7 @@ def test_a_run_that_is_killed_while_it_generates_continues(model_folder, data_di
     assert continued["rows"] == whole["rows"] and continued["metrics"] == whole["metrics"]
     assert [point["dev_loss"] for point in continued["curve"]] == [point["dev_loss"] for point in whole["curve"]]
     calls.clear()
-    assert run(*args, str(path)) == continued and not calls  # it is finished
+    assert run(*args, str(path)) == json.loads(path.read_text()) and not calls  # it is finished
 
 
 def test_texts_of_another_model_are_not_continued(model_folder, data_dir, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 r"""Final answers of GSM8K and MATH: finding them in a text, and telling whether two are equal. Needs math-verify.
 
 Strict: only an answer in the data set's own form counts, `#### NUMBER` or `\boxed{...}`. Flexible: for GSM8K the last
-number of the text, as in lm-eval's flexible-extract; for MATH the boxed answer, or else the last expression.
+number of the text, as in lm-eval's flexible-extract; for MATH the boxed answer, or else the expression that math-verify
+takes for the answer, which is one after "answer is", or else the last.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class MathVerify:
         return _letters(reference) == _letters(answer) or self.agrees(reference, rf"\boxed{{{answer}}}", BOXED)
 
     def agrees(self, reference: str, text: str, kinds=ANYTHING) -> bool:
-        """Whether the last answer that math-verify finds in a text is equal to the content of a box."""
+        """Whether what math-verify takes for the answer of a text is equal to the content of a box."""
         references = self._parse(rf"\boxed{{{reference}}}", BOXED)
         found = self._parse(text, kinds)
         return any(self._equal(a, b) for a in references for b in found)

@@ -16,6 +16,21 @@ Returns:
 """
 
 
+def scores(task: str, predictions, references) -> dict[str, float]:
+    """What GLUE reports for `task`: see `INPUTS`."""
+    if task == "cola":
+        return {"matthews": float(matthews_corrcoef(references, predictions))}
+    if task == "stsb":
+        return {
+            "pearson": float(pearsonr(predictions, references).statistic),
+            "spearman": float(spearmanr(predictions, references).statistic),
+        }
+    accuracy = {"accuracy": float(accuracy_score(references, predictions))}
+    if task in ("mrpc", "qqp"):
+        return accuracy | {"f1": float(f1_score(references, predictions))}
+    return accuracy
+
+
 class GlueMetric(evaluate.Metric):
     """Matthews correlation, Pearson and Spearman, accuracy and F1, whichever GLUE reports for the task."""
 
@@ -32,14 +47,4 @@ class GlueMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        if self.config_name == "cola":
-            return {"matthews": float(matthews_corrcoef(references, predictions))}
-        if self.config_name == "stsb":
-            return {
-                "pearson": float(pearsonr(predictions, references).statistic),
-                "spearman": float(spearmanr(predictions, references).statistic),
-            }
-        scores = {"accuracy": float(accuracy_score(references, predictions))}
-        if self.config_name in ("mrpc", "qqp"):
-            scores["f1"] = float(f1_score(references, predictions))
-        return scores
+        return scores(self.config_name, predictions, references)

@@ -1,0 +1,39 @@
+"""Methods that train all weights: full fine-tuning, and GaLore."""
+
+from __future__ import annotations
+
+import torch
+
+from .shared import Prepared, refuse_quantized, target_layers
+
+SCALE = 4  # α of GaLore's fine-tuning runs (arXiv 2403.03507, Appendix D)
+
+
+def full(model, settings, batches) -> Prepared:
+    """All weights in float32: steps of a usual size would be rounded away in bfloat16, which autocast computes in."""
+    refuse_quantized(model, settings, "all of its weights are trained")
+    return Prepared(model.float(), arguments={"bf16": settings.dtype == "bfloat16"})
+
+
+def galore(model, settings, batches) -> Prepared:
+    """GaLore (arXiv 2403.03507): the gradients of the target layers are projected to rank r, others are whole.
+
+    Raises:
+        ImportError: galore-torch is missing; names the extra.
+    """
+    try:
+        from galore_torch.galore_projector import GaLoreProjector
+    except ImportError as error:
+        raise ImportError(
+            "method='galore' needs galore-torch and bitsandbytes: pip install 'peft-scalora[benchmark]'."
+        ) from error
+    torch.serialization.add_safe_globals([GaLoreProjector])  # its optimizer keeps one per weight in its state
+    # The paper finds 50 to 1,000 steps between projections equally good (Section 5.5).
+    gap = min(200, max(50, settings.steps // 10))
+    prepared = full(model, settings, batches)
+    prepared.arguments |= {
+        "optim": "galore_adamw",
+        "optim_target_modules": list(target_layers(model, settings)),
+        "optim_args": f"rank={settings.r}, update_proj_gap={gap}, scale={SCALE}",
+    }
+    return prepared

@@ -29,7 +29,7 @@ from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number,
 from harness.generate import generate
 from harness.loss import answer_loss
 from harness.prompts import encode_all
-from harness.record import checkpoints, clock, finished, is_main_process, recorded
+from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from tqdm.auto import tqdm
@@ -189,7 +189,7 @@ def fit(model, tokenizer, settings: Training, mixture: tuple[Rows, Rows], batch_
 
 
 def score(model, tokenizer, tests: dict[str, Rows], evaluation: Evaluation, folder: str) -> tuple[list[dict], dict]:
-    """Set, loss and, if generated, text and correctness of every test row; and what generating and judging took."""
+    """Set, loss and, if generated, text and correctness of every test row; and what math-verify could not decide."""
     scored = []
     for name, rows in tests.items():
         encoded, _ = encode_rows(rows, tokenizer)
@@ -200,7 +200,6 @@ def score(model, tokenizer, tests: dict[str, Rows], evaluation: Evaluation, fold
     problems = list(chain.from_iterable(tests.values()))
     # Texts of an interrupted run count if they are of exactly this model: one with these losses.
     same = hashlib.sha256(json.dumps([row["loss"] for row in scored]).encode()).hexdigest()[:16]
-    started = clock()
     texts = generate(
         model,
         tokenizer,
@@ -210,13 +209,11 @@ def score(model, tokenizer, tests: dict[str, Rows], evaluation: Evaluation, fold
         stop=STOP,
         folder=os.path.join(folder, f"texts-{same}"),
     )
-    figures = {"generation_seconds": clock() - started}
     verifier = MathVerify()
     pairs = tqdm(list(zip(scored, problems, texts, strict=True)), desc="judging", disable=not is_main_process())
     for row, problem, text in pairs:
         row |= {"text": text} | judge(row["set"], problem["solution"], text, verifier)
-    figures["math_verify"] = {"timeouts": verifier.timeouts, "errors": dict(verifier.errors)}
-    return scored, figures
+    return scored, {"math_verify": {"timeouts": verifier.timeouts, "errors": dict(verifier.errors)}}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -232,6 +232,19 @@ def test_wrong_columns_and_a_damaged_file_are_named(tmp_path):
         load_problems("math", "test", str(tmp_path))
 
 
+def test_rows_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return gsm8k_rows(3) if name == "openai/gsm8k" else math_rows(3)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert [row["solution"] for row in load_problems("math", "test", None)] == [r["solution"] for r in math_rows(3)]
+    assert load_problems("gsm8k", "train", None).source == "openai/gsm8k:main:train"
+    assert asked == [("DigitalLearningGmbH/MATH-lighteval", None, "test"), ("openai/gsm8k", "main", "train")]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -255,3 +268,21 @@ def test_check_answers_counts_and_names_the_misses(data_dir, tmp_path, capsys):
     write(tmp_path / "math/test.jsonl.gz", rows)
     assert not check_answers(str(tmp_path))
     assert "math/test.jsonl.gz: 3 of 4 (75.00%), wanted 99%\n  row 2: 2 boxes, the last '2'" in capsys.readouterr().out
+
+
+def test_the_command(model_folder, data_dir, tmp_path, monkeypatch, capsys):
+    options = "--method lora --r 2 --learning-rate 0.01 --steps 1 --batch-size 2 --max-length 400"
+    sizes = "--train math --train-rows 8 --dev-rows 2 --test-rows 3 --no-generate"
+    command = f"x --model {model_folder} --data-dir {data_dir} {options} {sizes} --output {tmp_path}/run.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    math_problems.main()
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert capsys.readouterr().out.endswith(json.dumps(result["metrics"], indent=1) + "\n")
+    expected = {"method": "lora", "train": ["math"], "train_rows": 8, "test_rows": 3, "generate": False, "steps": 1}
+    assert {name: result["settings"][name] for name in expected} == expected
+    assert len(result["predictions"]) == 6 and result["data"]["train"]["rows"] == 8
+    assert "text" not in result["rows"][0]
+
+    monkeypatch.setattr(sys, "argv", f"x --check-answers --data-dir {data_dir}".split())
+    with pytest.raises(SystemExit, match=r"^0$"):
+        math_problems.main()

@@ -14,8 +14,6 @@ def encode(prompt: str, answer: str, tokenizer, max_length: int | None = None) -
     there are more tokens than `max_length`: an answer that is cut would teach to stop anywhere.
     """
     prompt_ids = tokenizer(prompt)["input_ids"]
-    if tokenizer.eos_token_id is not None and prompt_ids[-1:] == [tokenizer.eos_token_id]:
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids = prompt_ids + answer_ids
     if max_length is not None and len(ids) > max_length:

@@ -1,18 +1,12 @@
 """Rows, collator and settings to train any method of the evaluation harness on tiny models."""
 
 import gc
-import sys
-from pathlib import Path
 
 import torch
+from harness.models import IN_4_BIT, quantization_config
+from harness.training import Training, train
 from helpers_models import VOCABULARY, tiny_bert, tiny_llama
 from transformers import BertForSequenceClassification, LlamaForCausalLM
-
-EVAL = Path(__file__).parents[1] / "eval"
-sys.path.insert(0, str(EVAL))  # the evaluation is scripts, not a package
-
-from harness.models import IN_4_BIT, quantization_config  # noqa: E402
-from harness.training import Training, train  # noqa: E402
 
 gc.freeze()  # Trainer collects garbage at the end of a run, and most of its time would go into what is imported
 

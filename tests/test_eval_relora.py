@@ -20,7 +20,8 @@ LAYERS = ("lin0", "lin1")
 class Loop:
     """A training loop that calls the callback as Trainer does."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, step=0, steps=STEPS):
+        torch.manual_seed(0)
         base = Linears()
         self.initial = {name: base.get_submodule(name).weight.detach().double().clone() for name in LAYERS}
         self.bias = {name: base.get_submodule(name).bias.detach().double() for name in LAYERS}
@@ -30,7 +31,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
         self.schedule = get_constant_schedule_with_warmup(self.optimizer, 2)
         self.arguments = SimpleNamespace(output_dir=str(folder))
-        self.state = SimpleNamespace(global_step=0, max_steps=STEPS, is_world_process_zero=True)
+        self.state = SimpleNamespace(global_step=step, max_steps=steps, is_world_process_zero=True)
         self.callback.on_train_begin(self.arguments, self.state, None, lr_scheduler=self.schedule)
 
     def step(self):
@@ -140,13 +141,37 @@ def test_the_learning_rate_warms_up_in_every_cycle():
 
 
 def test_the_end_of_a_run_is_no_restart(tmp_path):
-    loop = Loop(tmp_path)
-    loop.state.max_steps = PERIOD
+    loop = Loop(tmp_path, steps=PERIOD)
     for _ in range(PERIOD):
         loop.step()
         loop.end_step()
     assert not loop.callback.merged
     assert all(factors(layer)["B"].any() for layer in loop.layers().values())
+
+
+@pytest.mark.parametrize("stopped", [PERIOD, PERIOD + 1, 2 * PERIOD, 3 * PERIOD])
+def test_a_continued_run_has_the_base_it_had(stopped, tmp_path):
+    loop, bases = Loop(tmp_path, steps=3 * PERIOD), {}
+    for t in range(1, 3 * PERIOD + 1):
+        loop.step()
+        loop.end_step()
+        bases[t] = {name: layer.get_base_layer().weight.clone() for name, layer in loop.layers().items()}
+    again = Loop(tmp_path, step=stopped, steps=3 * PERIOD)
+    for name, layer in again.layers().items():
+        assert torch.equal(layer.get_base_layer().weight, bases[stopped][name])
+
+
+def test_the_new_factors_do_not_depend_on_what_was_drawn_before(tmp_path):
+    drawn = []
+    for name in ("one", "other"):
+        loop = Loop(tmp_path / name)
+        torch.manual_seed(len(drawn))
+        loop.callback.restart(loop.optimizer)
+        state = torch.get_rng_state()
+        drawn.append([factors(layer)["A"].clone() for layer in loop.layers().values()])
+        torch.manual_seed(len(drawn) - 1)
+        assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, *drawn))
 
 
 def test_without_the_merged_changes_a_checkpoint_is_not_continued(tmp_path):

@@ -29,7 +29,7 @@ from peft_scalora.quantized import keep_as_loaded
 
 from .shared import Prepared, common_fields, refuse_quantized, shared_fields, target_layers, task_type
 
-FOURIER_SCALING = 150.0  # of the GLUE runs (arXiv 2405.03003, Appendix)
+FOURIER_SCALING = 150.0  # of the paper's GLUE runs, as PEFT states
 RANDLORA_SCALING = 20  # randlora_alpha / rank of the bases, as PEFT advises
 
 
@@ -52,7 +52,7 @@ def dora(model, settings, batches) -> Prepared:
 
 
 def pissa(model, settings, batches) -> Prepared:
-    """By the fast SVD of 16 iterations (arXiv 2404.02948, Section 4)."""
+    """PiSSA (arXiv 2404.02948), by the fast SVD of 16 iterations."""
     refuse_quantized(model, settings, "its initialisation changes the weights")
     return replace(lora(model, settings, batches, init_lora_weights="pissa_niter_16"), effective_rank=None)
 

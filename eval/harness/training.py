@@ -81,7 +81,9 @@ class Curve(TrainerCallback):
             self._started = clock()
             metrics = self.evaluate()
             self._started = clock()
+            should_log = control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
+            control.should_log = should_log  # `log` clears it, and the loss of this step would not be logged
         if state.global_step == state.max_steps:
             control.should_save = False  # Trainer makes one step too many when it continues from the last one
 

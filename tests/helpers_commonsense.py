@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from functools import cache
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -56,6 +57,7 @@ def write_data(folder, train=12, test=6):
     return folder
 
 
+@cache
 def byte_tokenizer():
     """Byte-level BPE: any text, a choice is several tokens, and the choices' numbers are tokens of their own."""
     tokenizer = Tokenizer(models.BPE())
@@ -78,11 +80,20 @@ def byte_tokenizer():
 def causal_model(**overrides):
     """A random Llama that reads 512 tokens, with weights so large that choices differ clearly."""
     torch.manual_seed(0)
-    settings = {
-        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "bos_token_id": None,
-        "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False,
-    }  # fmt: skip
+    settings = dict(
+        vocab_size=len(byte_tokenizer()),  # lm-eval cuts the embedding to the tokenizer before it loads an adapter
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
 
 

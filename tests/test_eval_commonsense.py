@@ -254,6 +254,7 @@ def test_a_run_leaves_one_json(whole, model_folder, data_dir):
     assert [part["rows"] for part in result["data"]["train"]] == [5] * 8
     assert [part["rows"] for part in result["data"]["test"]] == [4] * 8
     assert [point["step"] for point in result["curve"]] == [2, 4, 5]
+    assert [step for step, *_ in result["losses"]] == [1, 2, 3, 4, 5]
     assert result["curve"][-1]["answer_loss"] < result["curve"][0]["answer_loss"]
     assert {"accuracy", "accuracy_by_length", "answer_loss"} <= set(result["curve"][0])
     assert result["prediction_tasks"] == [task for task in CHOICES for _ in range(4)]

@@ -105,7 +105,7 @@ def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm_eval")
     save_model(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    ids = torch.randint(1, 400, (4, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 300, (4, 9), generator=torch.Generator().manual_seed(0))
     model = fill(get_peft_model(base, scalora_config(target_modules="all-linear", task_type="CAUSAL_LM")), inputs=ids)
     save(model, folder / "adapter")
     export_lora(model, folder / "lora")
@@ -140,15 +140,26 @@ def lm_eval_command(folder, command, model_args):
     return [float(value) for row in rows for value, _ in row["filtered_resps"]]
 
 
-def test_adapters_are_loaded_by_lm_evals_command(adapter):
+def lm_eval_in_process(folder, **model):
+    """The same by lm-eval's own loader of models and adapters, in this process."""
+    result = simple_evaluate(
+        model=HFLM(dtype="float32", device="cpu", batch_size=8, **{k: str(folder / v) for k, v in model.items()}),
+        tasks=["mixed_lengths"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    samples = sorted(result["samples"]["mixed_lengths"], key=lambda s: s["doc_id"])
+    return [value for sample in samples for value, _ in sample["filtered_resps"]]
+
+
+def test_adapters_are_loaded_by_lm_evals_command(adapter, monkeypatch):
     """As the merged model, and unlike the base; the folder exported as LoRA needs no command of ours."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(adapter / "cache"))
     script = [str(EVAL / "lm_eval_scalora.py")]
     ours = lm_eval_command(adapter, script, f"pretrained={adapter / 'base'},peft={adapter / 'adapter'},dtype=float32")
-    merged = lm_eval_command(adapter, ["-m", "lm_eval"], f"pretrained={adapter / 'merged'},dtype=float32")
-    base = lm_eval_command(adapter, ["-m", "lm_eval"], f"pretrained={adapter / 'base'},dtype=float32")
-    lora = lm_eval_command(
-        adapter, ["-m", "lm_eval"], f"pretrained={adapter / 'base'},peft={adapter / 'lora'},dtype=float32"
-    )
+    merged = lm_eval_in_process(adapter, pretrained="merged")
+    base = lm_eval_in_process(adapter, pretrained="base")
     assert ours == pytest.approx(merged, abs=1e-3)
-    assert lora == pytest.approx(merged, abs=1e-3)
+    assert lm_eval_in_process(adapter, pretrained="base", peft="lora") == pytest.approx(merged, abs=1e-3)
     assert max(abs(a - b) for a, b in zip(ours, base, strict=True)) > 0.5

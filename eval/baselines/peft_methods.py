@@ -23,8 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from peft_scalora import ScaLoRAConfig, effective_rank
-from peft_scalora.moments import RULES
+from peft_scalora import ScaLoRAConfig, effective_rank, moments
 from peft_scalora.quantized import keep_as_loaded
 
 from .shared import Prepared, common_fields, refuse_quantized, shared_fields, target_layers, task_type
@@ -152,10 +151,6 @@ class UncarriedAdamW(torch.optim.AdamW):
     """AdamW, the moments of which a rescaling leaves as they are."""
 
 
-# The power of the scale by which each state is multiplied: none. The package itself has no such switch.
-RULES[UncarriedAdamW.__name__] = dict.fromkeys(RULES["AdamW"], 0)
-
-
 def scalora(model, settings, batches) -> Prepared:
     config = ScaLoRAConfig(
         **shared_fields(model, settings),
@@ -164,9 +159,13 @@ def scalora(model, settings, batches) -> Prepared:
         smoothness=settings.smoothness,
         accumulator_rank=settings.accumulator_rank,
     )
-    # betas and eps are those of Trainer's AdamW, too.
-    optimizer = None if settings.moment_transport else (UncarriedAdamW, {"lr": settings.learning_rate, "fused": True})
-    return Prepared(get_peft_model(model, config), optimizer=optimizer, effective_rank=effective_rank)
+    prepared = Prepared(get_peft_model(model, config), effective_rank=effective_rank)
+    if not settings.moment_transport:
+        # The package has no such switch: an optimizer of another name gets a rule of its own, power 0 for every state.
+        moments.RULES[UncarriedAdamW.__name__] = dict.fromkeys(moments.RULES["AdamW"], 0)
+        # betas and eps are those of Trainer's AdamW, too.
+        prepared.optimizer = UncarriedAdamW, {"lr": settings.learning_rate, "fused": True}
+    return prepared
 
 
 def _with_quantized_base(model, settings) -> nn.Module:

@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from harness.generate import generate
 from harness.likelihood import Pair, chosen, chosen_by_length, encode_pair, log_likelihoods
+from harness.models import quantization_config
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
@@ -223,7 +224,10 @@ def load_model(settings: Training):
     """Tokenizer and causal language model."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer, AutoModelForCausalLM.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+    quantization = quantization_config(settings.method, settings.dtype)
+    dtype = DTYPES[settings.dtype]
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, quantization_config=quantization)
+    return tokenizer, model
 
 
 def fit(model, tokenizer, settings: Training, mixture: tuple[list[Rows], list[Rows]], batch_size: int, folder: str):

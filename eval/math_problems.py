@@ -26,6 +26,7 @@ from itertools import chain
 from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 from harness.generate import generate
 from harness.loss import answer_loss
+from harness.models import quantization_config
 from harness.prompts import encode_all
 from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
@@ -167,7 +168,10 @@ def load_model(settings: Training):
     """Tokenizer and causal language model."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer, AutoModelForCausalLM.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+    quantization = quantization_config(settings.method, settings.dtype)
+    dtype = DTYPES[settings.dtype]
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, quantization_config=quantization)
+    return tokenizer, model
 
 
 def fit(model, tokenizer, settings: Training, mixture: tuple[Rows, Rows], batch_size: int, folder: str):

@@ -26,13 +26,13 @@ from itertools import chain
 from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 from harness.generate import generate
 from harness.loss import answer_loss
-from harness.models import quantization_config
+from harness.models import load_causal_lm
 from harness.prompts import encode_all
 from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
+from harness.training import Training, add_arguments, from_arguments, settings_of, train
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq
 
 from peft_scalora.data import IGNORED_LABEL
 
@@ -164,16 +164,6 @@ def judge(name: str, solution: str, text: str, verifier: MathVerify) -> dict[str
     return {"strict": int(strict), "flexible": int(flexible)}
 
 
-def load_model(settings: Training):
-    """Tokenizer and causal language model."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    quantization = quantization_config(settings.method, settings.dtype)
-    dtype = DTYPES[settings.dtype]
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, quantization_config=quantization)
-    return tokenizer, model
-
-
 def fit(model, tokenizer, settings: Training, mixture: tuple[Rows, Rows], batch_size: int, folder: str):
     """Train on the mixture; the trained model and the run's figures."""
     (encoded, too_long), (dev, dev_too_long) = (encode_rows(rows, tokenizer, settings.max_length) for rows in mixture)
@@ -245,7 +235,7 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
         result |= {"metric": "strict" if evaluation.generate else "loss", "dev_metric": "dev_loss"}
         result["data"] = {"train": mixture[0].record, "dev": mixture[1].record}
         result["data"] |= {f"{name}_test": rows.record for name, rows in tests.items()}
-        tokenizer, model = load_model(settings)
+        tokenizer, model = load_causal_lm(settings)
         folder = checkpoints(output)
         model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
         result |= figures

@@ -11,20 +11,18 @@ repeated.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import evaluate
 import numpy as np
 import torch
+from glue_metric.scores import scores
+from harness.models import quantization_config
 from harness.ranks import over_ranks
-from harness.record import finished, recorded
+from harness.record import checkpoints, finished, recorded
 from harness.rows import Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
-
-METRIC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "glue_metric")
 
 
 @dataclass(frozen=True)
@@ -93,14 +91,13 @@ def predict(model, encoded: Sequence[dict], collator, batch_size: int) -> np.nda
     return values
 
 
-def score(task: str, predictions: np.ndarray, encoded: Sequence[dict]) -> dict[str, float]:
+def score(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """The metrics that GLUE reports for the task; a model that predicts one value only has no correlation: 0."""
-    labels = [row["labels"] for row in encoded]
     if TASKS[task].classes > 1:
         predictions = predictions.astype(int)
     elif np.ptp(predictions) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
-    return evaluate.load(METRIC, task).compute(predictions=predictions, references=labels)
+    return scores(task, predictions, references)
 
 
 def load_model(task: str, settings: Training):
@@ -109,19 +106,21 @@ def load_model(task: str, settings: Training):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForSequenceClassification.from_pretrained(
-        settings.model, num_labels=TASKS[task].classes, dtype=DTYPES[settings.dtype]
+        settings.model,
+        num_labels=TASKS[task].classes,
+        dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings.method, settings.dtype),
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced, and transformers says so
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model
 
 
-def run(
-    task: str, settings: Training, data_dir: str | None, train_rows: int | None, dev_rows: int, output: str
-) -> dict:
-    """Train and score; the run's JSON goes to `output`."""
-    rows, dev = split_dev(load_rows(task, "train", data_dir), dev_rows, train_rows)
+def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output: str) -> dict:
+    """Train and score; the run's JSON goes to `output`. `sizes` has train_rows (None: all) and dev_rows."""
+    rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
     validation = load_rows(task, "validation", data_dir)
-    saved = settings_of(settings, train_rows=train_rows, dev_rows=dev_rows)
+    saved = settings_of(settings, **sizes)
     found = finished(output, saved)
     if found is not None:
         return found
@@ -130,18 +129,19 @@ def run(
         result["data"] = {"train": rows.record, "dev": dev.record, "test": validation.record}
         tokenizer, model = load_model(task, settings)
         encoded = [encode(part, task, tokenizer, settings.max_length) for part in (rows, dev, validation)]
+        labels = [np.array([row["labels"] for row in part]) for part in encoded]
         collator = DataCollatorWithPadding(tokenizer)
 
         def dev_metrics(model) -> dict[str, float]:
-            return score(task, predict(model, encoded[1], collator, 64), encoded[1])
+            return score(task, predict(model, encoded[1], collator, 64), labels[1])
 
-        model, figures = train(settings, model, encoded[0], collator, dev_metrics, f"{output}.checkpoints")
+        model, figures = train(settings, model, encoded[0], collator, dev_metrics, checkpoints(output))
         with torch.no_grad():
             predictions = predict(model.eval(), encoded[2], collator, 64)
         result |= figures
-        result["metrics"] = score(task, predictions, encoded[2])
+        result["metrics"] = score(task, predictions, labels[2])
         result["predictions"] = predictions.tolist()
-        result["references"] = [row["labels"] for row in encoded[2]]
+        result["references"] = labels[2].tolist()
     return result
 
 

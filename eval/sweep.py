@@ -3,9 +3,9 @@
     python eval/sweep.py --script eval/glue.py --methods full lora lora-4r scalora scalora,scaling_interval=1 \\
         --rates 3e-4 1e-3 3e-3 --seeds 3 --output eval/results/glue/cola -- --model MINILM --task cola --steps 150
 
-All that follows `--` goes to the script. A method is a name with settings of its own after commas. The rate is chosen by
-the dev metric of the first seed; while the best is at an end of its grid, the grid grows there by its own ratio, so no
-method is judged by an end. Trials are in `sweep.db` (optuna, sqlite), runs one JSON each; a sweep that is continued
+All that follows `--` goes to the script. A method is a name with settings of its own after commas. The rate is chosen
+by the dev metric of the first seed; while the best is at an end of its grid, the grid grows there by its own ratio, so
+no method is judged by an end. Trials are in `sweep.db` (optuna, sqlite), runs one JSON each; a sweep that is continued
 repeats nothing. A run that crashes is a trial that failed, and stays to be seen in the report.
 """
 
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import optuna
-from harness.record import FAILED, FINISHED
+from harness.record import FAILED, FINISHED, to_json
 from tqdm import tqdm
 
 from peft_scalora.files import replace_file
 
-PLAN_NAME = "sweep.json"
+PLAN_NAME = "plan.json"
 LOWER_IS_BETTER = ("loss",)  # ends of the names of metrics
 
 
@@ -60,7 +60,7 @@ class Sweep:
             elif not os.path.exists(path):  # it was killed, or failed before it could say so
                 settings = {"method": name, "learning_rate": rate, "seed": seed}
                 failed = {"status": FAILED, "settings": settings, "error": f"exit status {code}: see {log}"}
-                replace_file(path, json.dumps(failed, indent=1))
+                replace_file(path, to_json(failed))
         return read(path)
 
 

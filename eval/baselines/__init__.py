@@ -6,71 +6,40 @@ A method is a function (model, settings, batches) -> Prepared; `METHODS` is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
-from transformers import TrainerCallback
 
-from peft_scalora import ScaLoRAConfig
+from . import peft_methods
+from .full import full, galore
+from .mora import mora
+from .relora import relora
+from .shared import Prepared
 
-
-@dataclass
-class Prepared:
-    """A model to train, with what Trainer needs besides: callbacks, and TrainingArguments fields that differ."""
-
-    model: torch.nn.Module
-    callbacks: list[TrainerCallback] = field(default_factory=list)
-    arguments: dict = field(default_factory=dict)
-
-
-def task_type(model: torch.nn.Module) -> TaskType:
-    """PEFT's name of what the model is for; of a classifier the head is trained by every method."""
-    return TaskType.SEQ_CLS if hasattr(model.config, "num_labels") and _is_classifier(model) else TaskType.CAUSAL_LM
-
-
-def _is_classifier(model: torch.nn.Module) -> bool:
-    return type(model).__name__.endswith("ForSequenceClassification")
-
-
-def shared_fields(model: torch.nn.Module, settings) -> dict:
-    """The fields that LoRA and its relatives have in common."""
-    return {
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "target_modules": settings.target_modules,
-        "task_type": task_type(model),
-    }
-
-
-def full(model, settings, batches) -> Prepared:
-    return Prepared(model)
-
-
-def lora(model, settings, batches) -> Prepared:
-    return Prepared(get_peft_model(model, LoraConfig(**shared_fields(model, settings))))
-
-
-def scalora(model, settings, batches) -> Prepared:
-    config = ScaLoRAConfig(
-        **shared_fields(model, settings),
-        scaling=settings.scaling,
-        scaling_interval=settings.scaling_interval,
-        smoothness=settings.smoothness,
-        accumulator_rank=settings.accumulator_rank,
-    )
-    return Prepared(get_peft_model(model, config))
-
-
-METHODS: dict[str, Callable] = {"full": full, "lora": lora, "scalora": scalora}
+METHODS: dict[str, Callable] = {
+    "full": full,
+    "galore": galore,
+    "lora": peft_methods.lora,
+    "lora-4r": peft_methods.lora_4r,
+    "rslora": peft_methods.rslora,
+    "dora": peft_methods.dora,
+    "pissa": peft_methods.pissa,
+    "lora-ga": peft_methods.lora_ga,
+    "eva": peft_methods.eva,
+    "relora": relora,
+    "mora": mora,
+    "hira": peft_methods.hira,
+    "randlora": peft_methods.randlora,
+    "fourierft": peft_methods.fourierft,
+    "scalora": peft_methods.scalora,
+    "qlora": peft_methods.qlora,
+    "qscalora": peft_methods.qscalora,
+}
 
 
 def prepare(model: torch.nn.Module, settings, batches: Sequence[dict]) -> Prepared:
-    """`model` made ready to be trained by `settings.method`; `batches` are a few rows, for inits that see data.
+    """`model` made ready to be trained by `settings.method`; `batches` are a few of its data, for data-driven inits.
 
     Raises:
-        ValueError: no such method, or one that does not fit the model.
+        ValueError: the method does not fit the model.
     """
-    if settings.method not in METHODS:
-        raise ValueError(f"method={settings.method!r} must be one of {', '.join(METHODS)}.")
     return METHODS[settings.method](model, settings, batches)

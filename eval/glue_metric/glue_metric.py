@@ -2,10 +2,9 @@
 
 import datasets
 import evaluate
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+from .scores import TASKS, scores
+
 CITATION = "Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform, ICLR 2019 (arXiv 1804.07461)"
 INPUTS = """
 Args:
@@ -32,14 +31,4 @@ class GlueMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        if self.config_name == "cola":
-            return {"matthews": float(matthews_corrcoef(references, predictions))}
-        if self.config_name == "stsb":
-            return {
-                "pearson": float(pearsonr(predictions, references).statistic),
-                "spearman": float(spearmanr(predictions, references).statistic),
-            }
-        scores = {"accuracy": float(accuracy_score(references, predictions))}
-        if self.config_name in ("mrpc", "qqp"):
-            scores["f1"] = float(f1_score(references, predictions))
-        return scores
+        return scores(self.config_name, predictions, references)

@@ -97,9 +97,15 @@ def recorded(path: str, task: str, settings: dict) -> Iterator[dict]:
         raise
     finally:
         if is_main_process():
-            replace_file(path, json.dumps(result, indent=1))
+            replace_file(path, to_json(result))
             if result["status"] == FINISHED:
                 shutil.rmtree(folder)
+
+
+def to_json(result: dict) -> str:
+    """One field a line: long lists stay on theirs."""
+    fields = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def checkpoints(path: str) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from baselines import prepare
+from baselines import METHODS, Prepared, prepare
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from peft_scalora import effective_rank
 from peft_scalora.checkpoints import last_complete_checkpoint
 
 from .record import clock, peak_memory_bytes
@@ -24,7 +23,8 @@ class Training:
     """Everything that decides a run, apart from its task and rows; all of it is in the run's JSON.
 
     The learning rate is constant after `warmup_steps`, so that a run may be read off at any step or second.
-    The fields from `scaling` on are those of ScaLoRAConfig, and count for method "scalora" only.
+    The fields from `scaling` on are those of ScaLoRAConfig, and count for "scalora" and "qscalora" only; without
+    `moment_transport` a rescaling leaves the optimizer's moments as they are.
     """
 
     model: str
@@ -50,6 +50,8 @@ class Training:
     moment_transport: bool = True
 
     def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
 
@@ -83,7 +85,7 @@ class Curve(TrainerCallback):
             self._started = clock()
             should_log = control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
-            control.should_log = should_log  # `log` clears it, and the loss of this step would not be logged
+            control.should_log = should_log  # which logging has reset: the loss of this step is still to come
         if state.global_step == state.max_steps:
             control.should_save = False  # Trainer makes one step too many when it continues from the last one
 
@@ -101,7 +103,7 @@ def train(
     `evaluate(model)` returns the curve's metrics. Checkpoints go to `folder`, the newest of them stays there.
     """
     set_seed(settings.seed)
-    prepared = prepare(model, settings, [collator([rows[i]]) for i in range(min(len(rows), 64))])
+    prepared = prepare(model, settings, _first_batches(rows, collator, settings.batch_size))
     curve = Curve(lambda: _in_eval_mode(evaluate, trainer.model), settings.eval_steps)
     arguments = {
         "output_dir": folder,
@@ -129,12 +131,13 @@ def train(
         train_dataset=rows,
         data_collator=collator,
         callbacks=[curve, *prepared.callbacks],
+        optimizer_cls_and_kwargs=prepared.optimizer,
     )
     curve.trainer = trainer
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     figures = {
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
-        "effective_rank": _mean_rank(prepared.model),
+        "effective_rank": _mean_rank(prepared),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "train_seconds": curve.seconds,
@@ -154,12 +157,17 @@ def _in_eval_mode(function: Callable, model: torch.nn.Module):
         model.train(was_training)
 
 
-def _mean_rank(model: torch.nn.Module) -> float | None:
-    """Mean rank of the weight change, for the methods it is defined for."""
-    try:
-        ranks = effective_rank(model)
-    except ValueError:
+def _first_batches(rows: Dataset, collator: Callable, batch_size: int, count: int = 64) -> list[dict]:
+    """The first `count` rows, for initialisations by data."""
+    first = [rows[i] for i in range(min(len(rows), count))]
+    return [collator(first[start : start + batch_size]) for start in range(0, len(first), batch_size)]
+
+
+def _mean_rank(prepared: Prepared) -> float | None:
+    """Mean rank of the weight change, for the methods that know it."""
+    if prepared.effective_rank is None:
         return None
+    ranks = prepared.effective_rank(prepared.model)
     return sum(ranks.values()) / len(ranks)
 
 

@@ -22,10 +22,11 @@ import torch
 from accelerate import PartialState
 from harness.generate import generate
 from harness.likelihood import Pair, chosen, chosen_by_length, encode_pair, log_likelihoods
+from harness.models import quantization_config
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
+from harness.training import DTYPES, UNTRAINED, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from peft_scalora.data import IGNORED_LABEL
@@ -51,6 +52,15 @@ TEMPLATE = (
 )
 SCORINGS = ("likelihood", "generation")
 MAX_NEW_TOKENS = 32
+NOTHING_TRAINED = {
+    "trainable_parameters": 0,
+    "effective_rank": 0.0,
+    "steps": 0,
+    "tokens": 0,
+    "train_seconds": 0.0,
+    "losses": [],
+    "curve": [],
+}
 MIXTURE_SEED = 0  # of the rows' order, the same for every run
 
 
@@ -223,7 +233,12 @@ def load_model(settings: Training):
     """Tokenizer and causal language model."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer, AutoModelForCausalLM.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings.method, settings.dtype),
+    )
+    return tokenizer, model
 
 
 def fit(model, tokenizer, settings: Training, mixture: tuple[list[Rows], list[Rows]], batch_size: int, folder: str):
@@ -265,12 +280,12 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
     found = finished(output, saved)
     if found is not None:
         return found
-    trained = settings.method != "none"
+    trained = settings.method != UNTRAINED
     tests = {task: load_rows(task, "test", data_dir).part(0, evaluation.test_rows) for task in evaluation.tasks}
     mixture = ([], [])
     if trained:
         mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
-    device = PartialState().device  # starts the process group under `accelerate launch`
+    state = PartialState(cpu=not torch.cuda.is_available())  # starts the process group under `accelerate launch`
     with recorded(output, "commonsense", saved) as result:
         result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
         parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
@@ -279,10 +294,12 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
         folder = checkpoints(output)
         if trained:
             model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
-            result |= figures
+        else:
+            model, figures = model.to(state.device), NOTHING_TRAINED
+        result |= figures
         with torch.no_grad():
             by_task = score_tasks(
-                model.to(device).eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder
+                model.eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder
             )
         result["metrics"] = total(by_task)
         result["predictions"] = [score.correct for scores in by_task.values() for score in scores]

@@ -23,14 +23,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
-from accelerate import PartialState
 from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 from harness.generate import generate
 from harness.loss import answer_loss
 from harness.prompts import encode_all
 from harness.record import checkpoints, finished, is_main_process, recorded
-from harness.rows import Field, Rows, Source, load, split_dev
+from harness.rows import DataError, Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
@@ -131,8 +129,15 @@ def load_mixture(evaluation: Evaluation, data_dir: str | None) -> tuple[Rows, Ro
 
 
 def load_test(name: str, data_dir: str | None, count: int | None) -> Rows:
-    """`count` test rows, drawn with a fixed seed since files may be sorted, the same ones in every run; None is all."""
+    """`count` test rows, drawn with a fixed seed since files may be sorted, the same ones in every run; None is all.
+
+    Raises:
+        DataError: names file, row and field; an answer may not be empty here, as it is in two training rows of MATH.
+    """
     rows = load_problems(name, "test", data_dir)
+    for number, row in enumerate(rows, 1):
+        if not SETS[name].kind.find(row["solution"]):
+            raise DataError(f"{rows.source}, row {number}: field {SETS[name].solution!r} has an empty answer.")
     count = len(rows) if count is None else min(count, len(rows))
     return Rows(tuple(random.Random(0).sample(rows.rows, count)), rows.source)
 
@@ -166,7 +171,7 @@ def load_model(settings: Training):
 
 
 def fit(model, tokenizer, settings: Training, mixture: tuple[Rows, Rows], batch_size: int, folder: str):
-    """Train on the mixture, if the method trains; the model and the run's figures."""
+    """Train on the mixture; the trained model and the run's figures."""
     (encoded, too_long), (dev, dev_too_long) = (encode_rows(rows, tokenizer, settings.max_length) for rows in mixture)
     if not encoded or not dev:
         raise ValueError(
@@ -179,10 +184,6 @@ def fit(model, tokenizer, settings: Training, mixture: tuple[Rows, Rows], batch_
     def dev_metrics(model) -> dict[str, float]:
         return {"dev_loss": mean(answer_loss(model, dev, batch_size, "dev"))}
 
-    if settings.method == "none":
-        model = model.to(PartialState().device)
-        figures = {"trainable_parameters": 0, "effective_rank": 0.0, "steps": 0, "tokens": 0, "train_seconds": 0.0}
-        return model, left_out | figures | {"losses": [], "curve": [{"step": 0, "seconds": 0.0, **dev_metrics(model)}]}
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
     model, figures = train(settings, model, encoded, collator, dev_metrics, folder)
     return model, left_out | figures
@@ -236,7 +237,6 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
         return found
     mixture = load_mixture(evaluation, data_dir)
     tests = {name: load_test(name, data_dir, evaluation.test_rows) for name in TESTS}
-    PartialState(cpu=not torch.cuda.is_available())  # starts the process group under `accelerate launch`
     with recorded(output, "math_problems", saved) as result:
         result |= {"metric": "strict" if evaluation.generate else "loss", "dev_metric": "dev_loss"}
         result["data"] = {"train": mixture[0].record, "dev": mixture[1].record}

@@ -17,7 +17,7 @@ import math_problems
 from harness.prompts import encode
 from harness.rows import DataError
 from harness.training import Training
-from math_problems import Evaluation, check_answers, load_problems, run
+from math_problems import Evaluation, check_answers, load_problems, load_test, run
 
 BEFORE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 TEXTS = {  # what a model might write where 7 is right: strictly and flexibly right, or not
@@ -219,6 +219,16 @@ def test_a_bad_row_is_named(tmp_path, name, changes, message):
     write(tmp_path / name / "test.jsonl.gz", rows)
     with pytest.raises(DataError, match=message):
         load_problems(name, "test", str(tmp_path))
+
+
+def test_an_empty_answer_can_be_trained_on_but_not_tested(tmp_path):
+    rows = math_rows(5)
+    rows[2]["solution"] = r"There are $\boxed{}$."
+    for split in ("train", "test"):
+        write(tmp_path / f"math/{split}.jsonl.gz", rows)
+    assert len(load_problems("math", "train", str(tmp_path))) == 5
+    with pytest.raises(DataError, match=r"math/test.jsonl.gz, row 3: field 'solution' has an empty answer"):
+        load_test("math", str(tmp_path), 2)
 
 
 def test_wrong_columns_and_a_damaged_file_are_named(tmp_path):

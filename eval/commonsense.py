@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from harness.generate import generate
 from harness.likelihood import Pair, chosen, chosen_by_length, encode_pair, log_likelihoods
 from harness.models import quantization_config
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import DTYPES, UNTRAINED, Training, add_arguments, from_arguments, settings_of, train
+from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from peft_scalora.data import IGNORED_LABEL
@@ -52,15 +51,6 @@ TEMPLATE = (
 )
 SCORINGS = ("likelihood", "generation")
 MAX_NEW_TOKENS = 32
-NOTHING_TRAINED = {
-    "trainable_parameters": 0,
-    "effective_rank": 0.0,
-    "steps": 0,
-    "tokens": 0,
-    "train_seconds": 0.0,
-    "losses": [],
-    "curve": [],
-}
 MIXTURE_SEED = 0  # of the rows' order, the same for every run
 
 
@@ -275,27 +265,20 @@ class Evaluation:
 
 
 def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output: str) -> dict:
-    """Train, unless the method is none, and score; the run's JSON goes to `output`."""
+    """Train and score; the run's JSON goes to `output`."""
     saved = settings_of(settings, **vars(evaluation) | {"tasks": list(evaluation.tasks)})
     found = finished(output, saved)
     if found is not None:
         return found
-    trained = settings.method != UNTRAINED
     tests = {task: load_rows(task, "test", data_dir).part(0, evaluation.test_rows) for task in evaluation.tasks}
-    mixture = ([], [])
-    if trained:
-        mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
-    state = PartialState(cpu=not torch.cuda.is_available())  # starts the process group under `accelerate launch`
+    mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
     with recorded(output, "commonsense", saved) as result:
         result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
         parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
         result["data"] = {split: [rows.record for rows in found] for split, found in parts.items()}
         tokenizer, model = load_model(settings)
         folder = checkpoints(output)
-        if trained:
-            model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
-        else:
-            model, figures = model.to(state.device), NOTHING_TRAINED
+        model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
         result |= figures
         with torch.no_grad():
             by_task = score_tasks(

@@ -299,16 +299,29 @@ def test_a_run_continues_where_it_was_interrupted(where, whole, model_folder, da
 def test_the_untrained_model_over_two_processes(model_folder, data_dir, tmp_path):
     command = [
         str(EVAL / "commonsense.py"), "--model", model_folder, "--data-dir", data_dir, "--method", "none",
-        "--test-rows", "5", "--output",
+        "--test-rows", "5", "--dev-rows", "16", "--output",
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, *command, str(tmp_path / "two.json")], check=True, capture_output=True, timeout=200)
-    evaluation = commonsense.Evaluation(test_rows=5)
-    one = commonsense.run(evaluation, Training(model_folder, "none"), data_dir, str(tmp_path / "one.json"))
+    evaluation = commonsense.Evaluation(test_rows=5, dev_rows=16)
+    one = commonsense.run(
+        evaluation, Training(model_folder, "none", max_length=512), data_dir, str(tmp_path / "one.json")
+    )
     two = read(tmp_path / "two.json")
-    assert two["environment"]["processes"] == 2 and two["data"]["train"] == []
+    assert two["environment"]["processes"] == 2 and two["trainable_parameters"] == 0
     assert two["predictions"] == one["predictions"] and len(one["predictions"]) == 40
     assert two["metrics"]["answer_loss"] == pytest.approx(one["metrics"]["answer_loss"], rel=1e-5)
+
+
+def test_a_run_with_generation(model_folder, data_dir, tmp_path):
+    """From prompts to the JSON; what counts as right is tested above."""
+    evaluation = commonsense.Evaluation(
+        tasks=("boolq", "piqa"), scoring="generation", train_rows=2, dev_rows=2, test_rows=3
+    )
+    result = commonsense.run(evaluation, settings_for(model_folder, steps=1), data_dir, str(tmp_path / "run.json"))
+    assert len(result["predictions"]) == 6 and set(result["predictions"]) <= {0, 1}
+    assert set(result["metrics"]) == {"accuracy", "accuracy_boolq", "accuracy_piqa"}
+    assert "answer_loss" in result["curve"][0]
 
 
 def test_data_files_may_be_of_another_compression_level(data_dir, tmp_path):

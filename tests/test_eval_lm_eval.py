@@ -26,7 +26,7 @@ sys.path.insert(0, str(EVAL))  # scripts, not a package
 
 from commonsense import load_rows  # noqa: E402
 from harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods  # noqa: E402
-from lm_eval_agreement import lm_eval_scores, our_scores  # noqa: E402
+from lm_eval_agreement import lm_eval_scores, our_scores, table  # noqa: E402
 
 TASK = {
     "task": "mixed_lengths",
@@ -97,6 +97,16 @@ def test_tasks_of_the_same_files_are_judged_alike(tmp_path, monkeypatch):
         for our, their in zip(ours, theirs[task], strict=True):
             assert our["log_likelihoods"] == pytest.approx(their["log_likelihoods"], abs=2e-4)
             assert (our["acc"], our["acc_norm"]) == (their["acc"], their["acc_norm"])
+
+
+def test_the_committed_table_is_that_of_its_json():
+    result = json.loads((EVAL / "results" / "lm_eval_agreement.json").read_text())
+    assert (EVAL / "results" / "lm_eval_agreement.md").read_text() == table(result)
+    assert set(result["tasks"]) == set(CHOICES)
+    for found in result["tasks"].values():
+        assert found["rows_judged_differently"] == 0
+        assert found["accuracy"] == found["lm_eval_accuracy"]
+        assert found["accuracy_by_length"] == found["lm_eval_accuracy_by_length"]
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from harness.generate import generate
 from harness.likelihood import Pair, chosen, chosen_by_length, encode_pair, log_likelihoods
+from harness.models import load_causal_lm
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from harness.training import Training, add_arguments, from_arguments, settings_of, train
+from transformers import DataCollatorForSeq2Seq
 
 from peft_scalora.data import IGNORED_LABEL
 from peft_scalora.files import replace_file
@@ -219,13 +219,6 @@ def score_tasks(model, tokenizer, tests: dict[str, Rows], scoring: str, batch_si
     return by_task
 
 
-def load_model(settings: Training):
-    """Tokenizer and causal language model."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer, AutoModelForCausalLM.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
-
-
 def fit(model, tokenizer, settings: Training, mixture: tuple[list[Rows], list[Rows]], batch_size: int, folder: str):
     """Train on the mixture; the trained model and the run's figures."""
     train_rows, dev_rows = ([row for part in parts for row in part] for parts in mixture)
@@ -260,29 +253,24 @@ class Evaluation:
 
 
 def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output: str) -> dict:
-    """Train, unless the method is none, and score; the run's JSON goes to `output`."""
+    """Train and score; the run's JSON goes to `output`."""
     saved = settings_of(settings, **vars(evaluation) | {"tasks": list(evaluation.tasks)})
     found = finished(output, saved)
     if found is not None:
         return found
-    trained = settings.method != "none"
     tests = {task: load_rows(task, "test", data_dir).part(0, evaluation.test_rows) for task in evaluation.tasks}
-    mixture = ([], [])
-    if trained:
-        mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
-    device = PartialState().device  # starts the process group under `accelerate launch`
+    mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
     with recorded(output, "commonsense", saved) as result:
         result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
         parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
         result["data"] = {split: [rows.record for rows in found] for split, found in parts.items()}
-        tokenizer, model = load_model(settings)
+        tokenizer, model = load_causal_lm(settings)
         folder = checkpoints(output)
-        if trained:
-            model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
-            result |= figures
+        model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
+        result |= figures
         with torch.no_grad():
             by_task = score_tasks(
-                model.to(device).eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder
+                model.eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder
             )
         result["metrics"] = total(by_task)
         result["predictions"] = [score.correct for scores in by_task.values() for score in scores]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from glue_metric.glue_metric import scores
+from glue_metric.scores import scores
 from harness.models import quantization_config
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, recorded

@@ -9,8 +9,9 @@ import argparse
 import os
 import tempfile
 
-from commonsense import OUTPUT, TASKS, choices, load_model, load_rows, prompt
+from commonsense import OUTPUT, TASKS, choices, load_rows, prompt
 from harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods
+from harness.models import load_causal_lm
 from harness.record import recorded
 from harness.rows import Rows
 from harness.training import Training, settings_of
@@ -140,7 +141,7 @@ def main() -> None:
         tests = {task: load_rows(task, "test", arguments.data_dir) for task in arguments.tasks}
         tests = {task: rows.part(0, arguments.test_rows) for task, rows in tests.items()}
         result["data"] = {task: rows.record for task, rows in tests.items()}
-        tokenizer, model = load_model(settings)
+        tokenizer, model = load_causal_lm(settings)
         model.eval()
         theirs = lm_eval_scores(model, tokenizer, arguments.tasks, arguments.data_dir, arguments.test_rows)
         result["tasks"] = {

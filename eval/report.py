@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from harness.record import FINISHED
 from harness.statistics import mean_and_error, paired_rows, paired_seeds
+from harness.training import UNTRAINED
 from sweep import PLAN_NAME, best_rate, dev_value, read
 
 from peft_scalora.files import replace_file
@@ -68,7 +69,7 @@ class Method:
     @property
     def at_edge(self) -> bool:
         rates = sorted(self.rates)
-        return len(rates) < 3 or best_rate(self.rates) in (rates[0], rates[-1])
+        return self.name != UNTRAINED and (len(rates) < 3 or best_rate(self.rates) in (rates[0], rates[-1]))
 
 
 def load_sweep(folder: str) -> tuple[dict[str, Method], dict]:
@@ -139,11 +140,11 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
     failed = f", {len(method.failed)} failed" if method.failed else ""
     budget = statistics.fmean(run["train_seconds"] for run in baseline.best) if baseline.best else 0.0
     rank = best[0]["effective_rank"]
-    steps = [run["train_seconds"] / run["steps"] for run in best]
+    steps = [run["train_seconds"] / max(1, run["steps"]) for run in best]
     return [
         method.name,
-        f"{best[0]['settings']['learning_rate']:g} ({tried})",
-        f"{len(best)} of {seeds}{failed}",
+        "" if method.name == UNTRAINED else f"{best[0]['settings']['learning_rate']:g} ({tried})",
+        f"{len(best)} of {1 if method.name == UNTRAINED else seeds}{failed}",
         f"{best[0]['trainable_parameters']:,}",
         "" if rank is None else f"{statistics.fmean(run['effective_rank'] for run in best):.1f}",
         mean_of([final(run) for run in best]),
@@ -179,6 +180,8 @@ def plot_curves(methods: dict[str, Method], path: str) -> None:
     figure, axes = panels(4)
     for method in methods.values():
         if not method.runs or not method.best:
+            continue
+        if method.name == UNTRAINED:
             continue
         columns = [list(zip(*seed)) for seed in zip(*(run["losses"] for run in method.best))]
         steps, seconds, losses = zip(*([statistics.fmean(c) for c in point] for point in columns))

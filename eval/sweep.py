@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import optuna
 from harness.record import FAILED, FINISHED, to_json
+from harness.training import UNTRAINED
 from tqdm import tqdm
 
 from peft_scalora.files import replace_file
@@ -105,7 +106,13 @@ def next_rate(values: dict[float, float]) -> float | None:
 
 
 def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
-    """Grid on the first seed, extended until its best is inside, then the other seeds at the best rate."""
+    """Grid on the first seed, extended until its best is inside, then the other seeds at the best rate.
+
+    The untrained model is run once.
+    """
+    if method == UNTRAINED:
+        sweep.run(method, sweep.rates[0], 0)
+        return
     name = os.path.join(os.path.basename(sweep.output), method)
     study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     values: dict[float, float] = {}

@@ -1,17 +1,14 @@
 """Rows, collator and settings to train any method of the evaluation harness on tiny models."""
 
-import sys
-from pathlib import Path
+import gc
 
 import torch
+from harness.models import IN_4_BIT, quantization_config
+from harness.training import Training, train
 from helpers_models import VOCABULARY, tiny_bert, tiny_llama
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
-EVAL = Path(__file__).parents[1] / "eval"
-sys.path.insert(0, str(EVAL))  # the evaluation is scripts, not a package
-
-from harness.models import IN_4_BIT, quantization_config  # noqa: E402
-from harness.training import Training, train  # noqa: E402
+gc.freeze()  # Trainer collects garbage at the end of a run, and most of its time would go into what is imported
 
 # In widths that bitsandbytes has fast paths for.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}

@@ -6,7 +6,9 @@ import torch
 
 from .shared import Prepared, refuse_quantized, target_layers
 
-SCALE = 4  # α of GaLore's fine-tuning runs (arXiv 2403.03507, Appendix D)
+# α and T: the authors' GLUE example has α = 4 and T = 500. In a short run that would be one projection for all of it:
+# here it is renewed at every tenth of the run, but not more often than every 50 steps or less than every 200.
+SCALE, SHORTEST_GAP, LONGEST_GAP = 4, 50, 200
 
 
 def full(model, settings, batches) -> Prepared:
@@ -28,8 +30,7 @@ def galore(model, settings, batches) -> Prepared:
             "method='galore' needs galore-torch and bitsandbytes: pip install 'peft-scalora[benchmark]'."
         ) from error
     torch.serialization.add_safe_globals([GaLoreProjector])  # its optimizer keeps one per weight in its state
-    # The paper finds 50 to 1,000 steps between projections equally good (Section 5.5).
-    gap = min(200, max(50, settings.steps // 10))
+    gap = min(LONGEST_GAP, max(SHORTEST_GAP, settings.steps // 10))
     prepared = full(model, settings, batches)
     prepared.arguments |= {
         "optim": "galore_adamw",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .shared import Prepared, refuse_quantized, target_layers, task_type
 
-# The paper uses sharing at r = 128 and 256, and rotation at r = 8.
+# The authors rotate at small ranks (r = 8) and share at large ones; their pre-training has r = 128.
 SHARING_FROM_RANK = 128
 HEADS = ("classifier", "score")  # of a classifier, as in PEFT
 

@@ -18,16 +18,17 @@ from peft import (
     initialize_lora_eva_weights,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from peft_scalora import ScaLoRAConfig, effective_rank
-from peft_scalora.moments import RULES
+from peft_scalora import ScaLoRAConfig, effective_rank, moments
 from peft_scalora.quantized import keep_as_loaded
 
 from .shared import Prepared, common_fields, refuse_quantized, shared_fields, target_layers, task_type
 
-FOURIER_SCALING = 150.0  # of the GLUE runs (arXiv 2405.03003, Appendix)
+FOURIER_SCALING = 150.0  # of the paper's GLUE runs, as PEFT states
 RANDLORA_SCALING = 20  # randlora_alpha / rank of the bases, as PEFT advises
 
 
@@ -50,7 +51,7 @@ def dora(model, settings, batches) -> Prepared:
 
 
 def pissa(model, settings, batches) -> Prepared:
-    """By the fast SVD of 16 iterations (arXiv 2404.02948, Section 4)."""
+    """PiSSA (arXiv 2404.02948), by the fast SVD of 16 iterations."""
     refuse_quantized(model, settings, "its initialisation changes the weights")
     return replace(lora(model, settings, batches, init_lora_weights="pissa_niter_16"), effective_rank=None)
 
@@ -71,14 +72,39 @@ def lora_ga(model, settings, batches) -> Prepared:
 
 
 def eva(model, settings, batches) -> Prepared:
-    """Initialised by the activations of `batches` (arXiv 2410.07170), ranks redistributed between layers (rho = 2)."""
-    use_label_mask = task_type(model) == TaskType.CAUSAL_LM  # a classifier's labels mask no position
-    options = {"init_lora_weights": "eva", "eva_config": EvaConfig(use_label_mask=use_label_mask)}
-    prepared = lora(model, settings, batches, **options)
+    """Initialised by the activations of `batches` (arXiv 2410.07170), ranks redistributed between layers (rho = 2).
+
+    Raises:
+        ValueError: no batch has as many inputs of a layer as PEFT takes components of them, and so would wait for ever.
+    """
+    is_classifier = task_type(model) == TaskType.SEQ_CLS
+    config = EvaConfig(use_label_mask=not is_classifier)  # a classifier's labels mask no position
+    inputs = max(len(b["labels"]) if is_classifier else int((b["labels"] != -100).sum()) for b in batches)
+    if inputs < config.rho * settings.r:
+        raise ValueError(
+            f"batch_size={settings.batch_size} gives method='eva' {inputs} rows of a classifier or answer tokens at a "
+            f"time, and r={settings.r} needs {config.rho * settings.r:.0f}: choose a larger batch_size."
+        )
+    prepared = lora(model, settings, batches, init_lora_weights="eva", eva_config=config)
     initialize_lora_eva_weights(
-        prepared.model, [_on_device(batch, model) for batch in batches], show_progress_bar=False
+        prepared.model,
+        [_on_device(batch, model) for batch in batches],
+        prepare_layer_inputs_fn=_layer_inputs,
+        show_progress_bar=False,
     )
+    # A layer whose rank has changed has new factors, of the base's type.
+    for layer in prepared.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.float()
+            layer.lora_B.float()
     return prepared
+
+
+def _layer_inputs(layer_input, positions: torch.Tensor, name: str) -> torch.Tensor:
+    """PEFT's choice of the positions that are no padding, but all rows of what a classifier has pooled."""
+    if layer_input[0].dim() == 2:
+        return layer_input[0].contiguous()  # PEFT takes a view of it
+    return prepare_layer_inputs_fn_language_modeling(layer_input, positions, name)
 
 
 def _on_device(batch: dict, model: nn.Module) -> dict:
@@ -111,19 +137,18 @@ def randlora(model, settings, batches) -> Prepared:
 
 
 def fourierft(model, settings, batches) -> Prepared:
-    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average."""
+    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average.
+
+    Coefficients start at zero: with so many of them, the paper's N(0, 1) would be as large as a small model's weights.
+    """
     shapes = [tuple(layer.weight.shape) for layer in target_layers(model, settings).values()]
     frequencies = min(lora_parameters(shapes, settings.r) // len(shapes), min(m * n for m, n in shapes))
-    config = FourierFTConfig(n_frequency=frequencies, scaling=FOURIER_SCALING, **common_fields(model, settings))
-    return Prepared(get_peft_model(model, config))
+    options = {"n_frequency": frequencies, "scaling": FOURIER_SCALING, "init_weights": True}
+    return Prepared(get_peft_model(model, FourierFTConfig(**options, **common_fields(model, settings))))
 
 
 class UncarriedAdamW(torch.optim.AdamW):
     """AdamW, the moments of which a rescaling leaves as they are."""
-
-
-# The power of the scale by which each state is multiplied: none. The package itself has no such switch.
-RULES[UncarriedAdamW.__name__] = dict.fromkeys(RULES["AdamW"], 0)
 
 
 def scalora(model, settings, batches) -> Prepared:
@@ -134,9 +159,13 @@ def scalora(model, settings, batches) -> Prepared:
         smoothness=settings.smoothness,
         accumulator_rank=settings.accumulator_rank,
     )
-    # betas and eps are those of Trainer's AdamW, too.
-    optimizer = None if settings.moment_transport else (UncarriedAdamW, {"lr": settings.learning_rate, "fused": True})
-    return Prepared(get_peft_model(model, config), optimizer=optimizer, effective_rank=effective_rank)
+    prepared = Prepared(get_peft_model(model, config), effective_rank=effective_rank)
+    if not settings.moment_transport:
+        # The package has no such switch: an optimizer of another name gets a rule of its own, power 0 for every state.
+        moments.RULES[UncarriedAdamW.__name__] = dict.fromkeys(moments.RULES["AdamW"], 0)
+        # betas and eps are those of Trainer's AdamW, too.
+        prepared.optimizer = UncarriedAdamW, {"lr": settings.learning_rate, "fused": True}
+    return prepared
 
 
 def _with_quantized_base(model, settings) -> nn.Module:

@@ -1,7 +1,7 @@
 """ReLoRA (arXiv 2307.05695): LoRA that is merged into the base and begun anew several times in a run.
 
 At a restart s B A is added to the base weight, A is drawn anew and B set to 0, 99% of each optimizer moment of A and B
-(the smallest in magnitude) become 0, and the learning rate warms up from 0 again (Sections 3 and 4).
+(the smallest in magnitude) become 0, and the learning rate warms up from 0 again.
 Shapes: base weight (m x n) = (out, in), lora_B (m x r), lora_A (r x n).
 """
 
@@ -52,14 +52,14 @@ class ReLoRACallback(TrainerCallback):
     merges them again, in the same order, into the base it has loaded.
     """
 
-    def __init__(self, model: nn.Module, period: int, warmup_steps: int):
-        self.period, self.warmup_steps = period, warmup_steps
+    def __init__(self, model: nn.Module, period: int, warmup_steps: int, seed: int = 0):
+        self.period, self.warmup_steps, self.seed = period, warmup_steps, seed
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         self.merged: list[dict[str, tuple[Tensor, Tensor]]] = []  # of each restart: layer name -> P, Q
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         lr_scheduler.lr_lambdas = [self._factor] * len(lr_scheduler.lr_lambdas)
-        restarts = state.global_step // self.period
+        restarts = min(state.global_step, state.max_steps - 1) // self.period
         if restarts:
             self._merge_again(os.path.join(args.output_dir, MERGED_NAME), restarts)
 
@@ -75,17 +75,20 @@ class ReLoRACallback(TrainerCallback):
     @torch.no_grad()
     def restart(self, optimizer: torch.optim.Optimizer) -> None:
         """Merge, draw A anew, and prune the moments of both factors."""
-        merged = {}
-        for name, layer in self.layers.items():
-            merged[name] = tuple(factor.clone() for factor in change_factors(layer, "default"))
-            merge(layer, *merged[name])
-            layer.reset_lora_parameters("default", True)
+        self.merged.append({})
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + len(self.merged))  # the same A on all ranks, and not the one it began with
+            for name, layer in self.layers.items():
+                factors = tuple(factor.clone() for factor in change_factors(layer, "default"))
+                self.merged[-1][name] = factors
+                merge(layer, *factors)
+                layer.reset_lora_parameters("default", True)
+        for layer in self.layers.values():
             for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
                 state = optimizer.state.get(factor, {})
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if moment in state:
                         state[moment].copy_(pruned(state[moment]))
-        self.merged.append(merged)
 
     def effective_rank(self, model: nn.Module, tol: float = 0.01) -> dict[str, int]:
         """Rank of all merged changes and the present one together, per layer."""
@@ -137,5 +140,5 @@ def relora(model, settings, batches) -> Prepared:
             f"method='relora' (steps={settings.steps} / {CYCLES})."
         )
     model = get_peft_model(model, LoraConfig(**shared_fields(model, settings)))
-    callback = ReLoRACallback(model, period, settings.warmup_steps)
+    callback = ReLoRACallback(model, period, settings.warmup_steps, settings.seed)
     return Prepared(model, [callback], effective_rank=callback.effective_rank)

@@ -2,10 +2,9 @@
 
 import datasets
 import evaluate
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+from .scores import TASKS, scores
+
 CITATION = "Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform, ICLR 2019 (arXiv 1804.07461)"
 INPUTS = """
 Args:
@@ -14,21 +13,6 @@ Args:
 Returns:
     cola: matthews; stsb: pearson, spearman; mrpc, qqp: accuracy, f1; the others: accuracy. From -1 or 0 to 1.
 """
-
-
-def scores(task: str, predictions, references) -> dict[str, float]:
-    """What GLUE reports for `task`: see `INPUTS`."""
-    if task == "cola":
-        return {"matthews": float(matthews_corrcoef(references, predictions))}
-    if task == "stsb":
-        return {
-            "pearson": float(pearsonr(predictions, references).statistic),
-            "spearman": float(spearmanr(predictions, references).statistic),
-        }
-    accuracy = {"accuracy": float(accuracy_score(references, predictions))}
-    if task in ("mrpc", "qqp"):
-        return accuracy | {"f1": float(f1_score(references, predictions))}
-    return accuracy
 
 
 class GlueMetric(evaluate.Metric):

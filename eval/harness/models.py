@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from .training import DTYPES
+from .training import DTYPES, Training
 
 IN_4_BIT = ("qlora", "qscalora")
 NOT_QUANTIZED = ["lm_head", "classifier", "score"]  # heads, of which a classifier's is trained
@@ -24,3 +24,15 @@ def quantization_config(method: str, dtype: str) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=DTYPES[dtype],
         llm_int8_skip_modules=NOT_QUANTIZED,
     )
+
+
+def load_causal_lm(settings: Training):
+    """Tokenizer, with a pad token, and causal language model, in 4 bit for the methods that want it."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings.method, settings.dtype),
+    )
+    return tokenizer, model

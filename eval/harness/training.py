@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from baselines import Prepared, prepare
+from accelerate import PartialState
+from baselines import METHODS, Prepared, prepare
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -15,6 +16,7 @@ from peft_scalora.checkpoints import last_complete_checkpoint
 
 from .record import clock, peak_memory_bytes
 
+UNTRAINED = "none"  # the method that leaves the model as it is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,6 +52,8 @@ class Training:
     moment_transport: bool = True
 
     def __post_init__(self):
+        if self.method not in (*METHODS, UNTRAINED):
+            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}, {UNTRAINED}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
 
@@ -97,11 +101,13 @@ def train(
     folder: str,
     trainer_class: Callable[..., Trainer] = Trainer,
 ) -> tuple[torch.nn.Module, dict]:
-    """Train `model` by `settings.method`, or continue, and return it with the run's figures.
+    """Train `model` by `settings.method`, or continue, and return it with the run's figures; "none" only evaluates it.
 
     `evaluate(model)` returns the curve's metrics. Checkpoints go to `folder`, the newest of them stays there.
     """
     set_seed(settings.seed)
+    if settings.method == UNTRAINED:
+        return _untrained(model, evaluate)
     prepared = prepare(model, settings, _first_batches(rows, collator, settings.batch_size))
     curve = Curve(lambda: _in_eval_mode(evaluate, trainer.model), settings.eval_steps)
     arguments = {
@@ -144,6 +150,14 @@ def train(
         **_points(trainer.state.log_history),
     }
     return prepared.model, figures
+
+
+def _untrained(model: torch.nn.Module, evaluate: Callable) -> tuple[torch.nn.Module, dict]:
+    state = PartialState(cpu=not torch.cuda.is_available())  # starts the process group under `accelerate launch`
+    model = model.to(state.device)
+    nothing = {"trainable_parameters": 0, "effective_rank": None, "steps": 0, "tokens": 0, "train_seconds": 0.0}
+    point = {"step": 0, "seconds": 0.0, **_in_eval_mode(evaluate, model)}
+    return model, {**nothing, "peak_memory_bytes": peak_memory_bytes(), "losses": [], "curve": [point]}
 
 
 def _in_eval_mode(function: Callable, model: torch.nn.Module):

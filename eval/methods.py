@@ -99,7 +99,9 @@ class Run:
     def settings(self, name: str) -> dict:
         rows = {k: v for k, v in asdict(self.task_settings).items() if k not in ("data_dir", "model")}
         others = {"full_learning_rate": self.full_learning_rate, "search_trials": self.search_trials}
-        return settings_of(replace(self.training, method="as the row says"), row=name, **rows, **others)
+        settings = settings_of(self.training, row=name, **rows, **others)
+        del settings["method"]  # the row's own
+        return settings
 
     def context(self, name: str) -> Context:
         before = [row for row in with_requirements([name]) if row != name]
@@ -172,7 +174,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", default="runs/methods", help="folder for the models")
     parser.add_argument("--output", required=True, help="folder for results, table and plot")
     add_arguments(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.method != parser.get_default("method"):
+        parser.error("--method is not for this script: name rows with --methods")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ for package in ("torchao", "bitsandbytes"):  # what a package takes itself is no
         importlib.import_module(package)
 
 EVAL = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROUNDS, SECONDS, BATCH = 5, 2.0, 8
+ROUNDS, SECONDS, BATCH = 5, 1.0, 8
 
 
 def in_fresh_process(settings: TaskSettings, task: Task, loader: str, folder: str, dense: str) -> dict:

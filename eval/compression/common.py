@@ -105,9 +105,7 @@ def load(folder: str, **options) -> PreTrainedModel:
         return cls.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
     if options:
         raise ValueError(f"{folder}: a model with heads taken out takes no {', '.join(options)}.")
-    model = shrink.construct(cls, config).to(config.dtype)
-    model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
-    return model.eval()
+    return shrink.filled(shrink.construct(cls, config), load_file(os.path.join(folder, "model.safetensors")))
 
 
 def save_adapter(model: PeftModel, folder: str) -> None:

@@ -163,7 +163,7 @@ def load_packed(folder: str) -> PreTrainedModel:
     from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 
     config = AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0])(config).to(torch.bfloat16)
+    model = shrink.construct(getattr(transformers, config.architectures[0]), config)
     with safe_open(os.path.join(folder, PACKED), "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         shapes = json.loads(file.metadata()["shapes"])
@@ -172,11 +172,7 @@ def load_packed(folder: str) -> PreTrainedModel:
         weight = Int4OpaqueTensor(*parts, [1, GROUP], torch.Size(shape))
         module = model.get_submodule(key.removesuffix(".weight"))
         module.weight = nn.Parameter(weight, requires_grad=False)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    missing = [key for key in missing if key not in shapes and not _is_tied(key, model)]
-    if missing or unexpected:
-        raise ValueError(f"{folder}: weights missing ({missing}) or unknown ({unexpected}).")
-    return model.eval()
+    return shrink.filled(model, tensors)
 
 
 def _is_tied(key: str, model: PreTrainedModel) -> bool:

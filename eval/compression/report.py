@@ -125,11 +125,13 @@ def plot(path: str, rows: Sequence[dict]) -> None:
             alpha=0.8,
         )
     front = [rows[i] for i in pareto_front([(row["bytes"], row["quality"]) for row in rows])]
-    axis.plot(
-        [row["bytes"] / 1e6 for row in front], [row["quality"] for row in front], "k--", lw=1, label="Pareto front"
-    )
-    for row in front:
-        axis.annotate(row["row"], (row["bytes"] / 1e6, row["quality"]), (4, 6), textcoords="offset points", fontsize=8)
-    axis.set_xscale("log")
-    finish_panel(axis, "Quality against size", "MB on disk", rows[0]["metric"])
+    sizes, qualities = [row["bytes"] / 1e6 for row in front], [row["quality"] for row in front]
+    axis.plot(sizes, qualities, "k--", drawstyle="steps-post", lw=1, zorder=0, label="Pareto front")
+    axis.plot(sizes, qualities, "ko", fillstyle="none", ms=11)
+    for i, row in enumerate(front):
+        place = (6, 8 if i % 2 else -16)  # neighbours on different sides
+        axis.annotate(row["row"], (sizes[i], qualities[i]), place, textcoords="offset points", fontsize=8)
+    axis.set_xlim(left=0)
+    axis.margins(x=0.15)
+    finish_panel(axis, "Quality against size", "MB on disk", rows[0]["metric"].replace("_", "-"))
     save_png(figure, path)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -249,19 +250,32 @@ def needs_own_loading(config: PretrainedConfig) -> bool:
 
 def rebuilt(model: PreTrainedModel, config: PretrainedConfig, state: State) -> PreTrainedModel:
     """A model of the same class with `config` and exactly the weights of `state`."""
-    made = construct(type(model), config).to(model.dtype)
-    made.load_state_dict(state)
-    return made.eval()
+    return filled(construct(type(model), config), {name: w.clone() for name, w in state.items()})
 
 
 def construct(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A model with fresh weights, with as few heads as the configuration says."""
-    model = cls(config)
-    if needs_own_loading(config):
-        layout, width = layout_of(model), config.kept_heads * head_size(config)
-        for layer in range(config.num_hidden_layers):
-            prefix = f"{layout.layers}.{layer}."
-            for name in (layout.query, *layout.key_value):
-                model.set_submodule(prefix + name, nn.Linear(config.hidden_size, width))
-            model.set_submodule(prefix + layout.attention_out, nn.Linear(width, config.hidden_size))
+    """A model without weights, which `filled` gives it, with as few heads as the configuration says."""
+    with init_empty_weights(include_buffers=False):
+        model = cls(config)
+        if needs_own_loading(config):
+            layout, width = layout_of(model), config.kept_heads * head_size(config)
+            for layer in range(config.num_hidden_layers):
+                prefix = f"{layout.layers}.{layer}."
+                for name in (layout.query, *layout.key_value):
+                    model.set_submodule(prefix + name, nn.Linear(config.hidden_size, width))
+                model.set_submodule(prefix + layout.attention_out, nn.Linear(width, config.hidden_size))
     return model
+
+
+def filled(model: PreTrainedModel, state: State) -> PreTrainedModel:
+    """`model` with the tensors of `state` themselves as its weights; of tied ones, one may be missing.
+
+    Raises:
+        ValueError: a weight is missing or unknown.
+    """
+    _, unknown = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing or unknown:
+        raise ValueError(f"weights are missing ({', '.join(missing)}) or unknown ({', '.join(unknown)}).")
+    return model.eval()

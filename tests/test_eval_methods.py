@@ -441,7 +441,9 @@ def test_rows_come_after_what_they_start_from():
 
 def result_of(name, seed, quality, size):
     return {
-        "status": "finished", "settings": {"row": name}, "metric": "accuracy", "method": "m", "caveat": "c",
+        "status": "finished", "task": "methods/glue/sst2", "environment": {"threads": 1},
+        "settings": {"row": name, "model": "M", "steps": 5, "batch_size": 4, "max_length": 9, "full_learning_rate": 1e-4,
+                     "learning_rate": 1e-3, "r": 8}, "data": {"test": [{"rows": 6}, {"rows": 7}]}, "metric": "accuracy", "method": "m", "caveat": "c",
         "metrics": {"accuracy": quality, "loss": 2 * quality}, "parameters": 3e6, "nonzeros": 2e6, "bytes": size,
         "memory_bytes": 5e6, "latency_ratio": 0.5, "throughput_ratio": 2.0, "seconds": 7.0 + seed, "reload": "equal",
     }  # fmt: skip
@@ -453,7 +455,8 @@ def test_table_is_of_the_results(tmp_path):
         (tmp_path / f"a-seed{seed}.json").write_text(json.dumps(result_of("a", seed, quality, 4e6)))
     (tmp_path / "b-seed0.json").write_text(json.dumps(result_of("b", 0, 0.8, 3e6)))
     report.write_report(str(tmp_path), ["b", "a", "c"])
-    lines = (tmp_path / "methods.md").read_text().splitlines()
+    caption, _, *lines = (tmp_path / "methods.md").read_text().splitlines()
+    assert caption.startswith("M on glue/sst2, 13 test rows. Whatever trains does so for 5 steps of 4 rows")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [row[0] for row in cells] == ["row", "---", "b", "a"]
     mean, error = np.mean(qualities), np.std(qualities, ddof=1) / math.sqrt(3)

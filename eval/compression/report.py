@@ -20,23 +20,39 @@ COLUMNS = ("parameters, M", "non-zeros, M", "MB on disk", "memory, MB", "latency
 
 def write_report(folder: str, order: Sequence[str]) -> None:
     """Write methods.md and methods.png from the results in `folder`, rows in `order`."""
-    rows = summaries(folder, order)
+    results = read(folder)
+    rows = [summary(name, results[name]) for name in order if name in results]
     if not rows:
         return
-    replace_file(os.path.join(folder, "methods.md"), table(rows))
+    replace_file(os.path.join(folder, "methods.md"), f"{caption(results)}\n\n{table(rows)}")
     measured = [row for row in rows if "quality" in row]
     if measured:
         plot(os.path.join(folder, "methods.png"), measured)
 
 
-def summaries(folder: str, order: Sequence[str]) -> list[dict]:
-    """One summary a row: means over its seeds, and the standard error of the quality."""
+def read(folder: str) -> dict[str, list[dict]]:
+    """Results by row."""
     found = defaultdict(list)
     for path in sorted(glob.glob(os.path.join(folder, "*-seed*.json"))):
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
         found[result["settings"]["row"]].append(result)
-    return [summary(name, found[name]) for name in order if name in found]
+    return found
+
+
+def caption(results: dict[str, list[dict]]) -> str:
+    """What all rows have in common."""
+    result = next((one for runs in results.values() for one in runs if "data" in one), None)
+    if result is None:
+        return "No row could be built."
+    settings, tests = result["settings"], result["data"]["test"]
+    rows = sum(part["rows"] for part in (tests if isinstance(tests, list) else [tests]))
+    return (
+        f"{settings['model']} on {result['task'].removeprefix('methods/')}, {rows} test rows. Whatever trains does so for "
+        f"{settings['steps']} steps of {settings['batch_size']} rows (at most {settings['max_length']} tokens), all "
+        f"weights at {settings['full_learning_rate']:g}, adapters of rank {settings['r']} at "
+        f"{settings['learning_rate']:g}; {result['environment']['threads']} CPU thread(s)."
+    )
 
 
 def summary(name: str, results: Sequence[dict]) -> dict:

@@ -440,12 +440,13 @@ def test_rows_come_after_what_they_start_from():
 
 
 def result_of(name, seed, quality, size):
+    settings = {"row": name, "model": "M", "steps": 5, "batch_size": 4, "max_length": 9, "r": 8}
     return {
-        "status": "finished", "task": "methods/glue/sst2", "environment": {"threads": 1},
-        "settings": {"row": name, "model": "M", "steps": 5, "batch_size": 4, "max_length": 9, "full_learning_rate": 1e-4,
-                     "learning_rate": 1e-3, "r": 8}, "data": {"test": [{"rows": 6}, {"rows": 7}]}, "metric": "accuracy", "method": "m", "caveat": "c",
-        "metrics": {"accuracy": quality, "loss": 2 * quality}, "parameters": 3e6, "nonzeros": 2e6, "bytes": size,
-        "memory_bytes": 5e6, "latency_ratio": 0.5, "throughput_ratio": 2.0, "seconds": 7.0 + seed, "reload": "equal",
+        "status": "finished", "task": "methods/glue/sst2", "environment": {"threads": 1}, "metric": "accuracy",
+        "settings": settings | {"full_learning_rate": 1e-4, "learning_rate": 1e-3}, "method": "m", "caveat": "c",
+        "data": {"test": [{"rows": 6}, {"rows": 7}]}, "metrics": {"accuracy": quality, "loss": 2 * quality},
+        "parameters": 3e6, "nonzeros": 2e6, "bytes": size, "memory_bytes": 5e6, "latency_ratio": 0.5,
+        "throughput_ratio": 2.0, "seconds": 7.0 + seed, "reload": "equal",
     }  # fmt: skip
 
 
@@ -459,6 +460,7 @@ def test_table_is_of_the_results(tmp_path):
     assert caption.startswith("M on glue/sst2, 13 test rows. Whatever trains does so for 5 steps of 4 rows")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [row[0] for row in cells] == ["row", "---", "b", "a"]
+    assert cells[0][:4] == ["row", "accuracy", "loss", "parameters, M"]
     mean, error = np.mean(qualities), np.std(qualities, ddof=1) / math.sqrt(3)
     assert cells[3][:4] == ["a", f"{mean:.3f} ± {error:.3f}", f"{2 * mean:.3f}", "3.0"]
     assert cells[2][1] == "0.800"

@@ -48,8 +48,8 @@ def caption(results: dict[str, list[dict]]) -> str:
     settings, tests = result["settings"], result["data"]["test"]
     rows = sum(part["rows"] for part in (tests if isinstance(tests, list) else [tests]))
     return (
-        f"{settings['model']} on {result['task'].removeprefix('methods/')}, {rows} test rows. Whatever trains does so for "
-        f"{settings['steps']} steps of {settings['batch_size']} rows (at most {settings['max_length']} tokens), all "
+        f"{settings['model']} on {result['task'].removeprefix('methods/')}, {rows} test rows. Whatever trains does so "
+        f"for {settings['steps']} steps of {settings['batch_size']} rows (at most {settings['max_length']} tokens), all "
         f"weights at {settings['full_learning_rate']:g}, adapters of rank {settings['r']} at "
         f"{settings['learning_rate']:g}; {result['environment']['threads']} CPU thread(s)."
     )
@@ -83,20 +83,23 @@ def summary(name: str, results: Sequence[dict]) -> dict:
             "quality": statistics.mean(qualities),
             "error": statistics.stdev(qualities) / math.sqrt(len(qualities)) if len(qualities) > 1 else None,
             "seeds": len(qualities),
-            "loss": statistics.mean(result["metrics"].get("loss", math.nan) for result in results),
+            "others": {
+                name: statistics.mean(result["metrics"][name] for result in results)
+                for name in results[0]["metrics"]
+                if name != metric
+            },
             "reload": "equal" if all(result["reload"] == "equal" for result in results) else "differs",
         }
     )
 
 
 def table(rows: Sequence[dict]) -> str:
-    metric = next((row["metric"] for row in rows if "metric" in row), "quality")
-    lines = [
-        f"| row | {metric} | loss | {' | '.join(COLUMNS)} | caveat |",
-        "|---" * (len(COLUMNS) + 4) + "|",
-    ]
+    measured = [row for row in rows if "quality" in row]
+    metrics = [measured[0]["metric"], *measured[0]["others"]] if measured else ["quality"]
+    header = ["row", *(name.replace("_", "-") for name in metrics), *COLUMNS, "caveat"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
-        cells = [row["reason"], *[""] * (len(COLUMNS) + 1)] if "reason" in row else _cells(row)
+        cells = _cells(row) if "quality" in row else [row["reason"]] + [""] * (len(header) - 3)
         lines.append(f"| {row['row']} | {' | '.join(cells)} | {row['caveat']} |")
     return "\n".join(lines) + "\n"
 
@@ -105,7 +108,7 @@ def _cells(row: dict) -> list[str]:
     error = f" ± {row['error']:.3f}" if row["error"] is not None else ""
     return [
         f"{row['quality']:.3f}{error}",
-        f"{row['loss']:.3f}",
+        *(f"{value:.3f}" for value in row["others"].values()),
         f"{row['parameters'] / 1e6:.1f}",
         f"{row['nonzeros'] / 1e6:.1f}",
         f"{row['bytes'] / 1e6:.1f}",

@@ -29,7 +29,7 @@ from compression import (
     quantization,
     structure,
 )
-from compression.common import Context, Row, bytes_on_disk, count
+from compression.common import Context, Row, bytes_on_disk, count, on_device
 from compression.measure import in_fresh_process
 from compression.report import write_report
 from compression.tasks import Task, TaskSettings, load_task
@@ -118,7 +118,7 @@ class Run:
     def do(self, name: str) -> dict:
         """The row's result; built, saved, loaded in a fresh process and scored there, unless it is there already."""
         found = finished(self.result_path(name), self.settings(name))
-        if found is not None and ("unfit" in found or os.path.isdir(self.folder(name))):
+        if found is not None and os.path.isdir(self.folder(name)):
             return found
         module, row, context = MODULE_OF[name], row_of(name), self.context(name)
         with recorded(self.result_path(name), f"methods/{self.task.name}", self.settings(name)) as result:
@@ -152,7 +152,7 @@ class Run:
         result["seconds"] = clock() - started
         result |= context.figures | {"bytes": bytes_on_disk(staged)}
         result |= count(module.load(staged))  # dequantizing the int8 of bitsandbytes leaves a model that cannot be used
-        result["score"] = asdict(self.task.score(model, "test"))
+        result["score"] = asdict(self.task.score(on_device(model), "test"))
         os.rename(staged, folder)
 
 

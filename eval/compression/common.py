@@ -108,6 +108,12 @@ def load(folder: str, **options) -> PreTrainedModel:
     return shrink.filled(shrink.construct(cls, config), load_file(os.path.join(folder, "model.safetensors")))
 
 
+def on_device(model: nn.Module) -> nn.Module:
+    """`model` where it is scored and measured: on the GPU, if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model if model.device.type == device else model.to(device)
+
+
 def save_adapter(model: PeftModel, folder: str) -> None:
     model.save_pretrained(os.path.join(folder, ADAPTER))
 

@@ -15,6 +15,7 @@ import torch
 from harness.record import clock, peak_memory_bytes
 from torch import nn
 
+from . import common
 from .tasks import Task, TaskSettings, load_task
 
 for package in ("torchao", "bitsandbytes"):  # what a package takes itself is no part of a model's memory
@@ -46,13 +47,12 @@ def measure(settings: TaskSettings, batch: dict, loader: str, folder: str, dense
     tensors = {name: torch.tensor(values) for name, values in batch.items()}
     method = importlib.import_module(loader)
     before = peak_memory_bytes()
-    model = method.load(folder)
+    model = common.on_device(method.load(folder))
     model(**{name: t.to(model.device) for name, t in tensors.items()})
     memory = peak_memory_bytes() - before
     task = load_task(settings)
     score = task.score(model, "test")
-    other = importlib.import_module("compression.common").load(dense)
-    return {"score": asdict(score), "memory_bytes": memory, **times(model, other, task)}
+    return {"score": asdict(score), "memory_bytes": memory, **times(model, common.on_device(common.load(dense)), task)}
 
 
 def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:

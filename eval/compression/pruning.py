@@ -105,4 +105,5 @@ def recovered(model: nn.Module, context: Context) -> nn.Module:
 @torch.no_grad()
 def set_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:
     for name, mask in masks.items():
-        model.get_submodule(name).weight.mul_(mask)
+        weight = model.get_submodule(name).weight
+        weight.mul_(mask.to(weight.device))

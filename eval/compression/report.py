@@ -49,8 +49,8 @@ def caption(results: dict[str, list[dict]]) -> str:
     rows = sum(part["rows"] for part in (tests if isinstance(tests, list) else [tests]))
     return (
         f"{settings['model']} on {result['task'].removeprefix('methods/')}, {rows} test rows. Whatever trains does so "
-        f"for {settings['steps']} steps of {settings['batch_size']} rows (at most {settings['max_length']} tokens), all "
-        f"weights at {settings['full_learning_rate']:g}, adapters of rank {settings['r']} at "
+        f"for {settings['steps']} steps of {settings['batch_size']} rows (at most {settings['max_length']} tokens), "
+        f"all weights at {settings['full_learning_rate']:g}, adapters of rank {settings['r']} at "
         f"{settings['learning_rate']:g}; {result['environment']['threads']} CPU thread(s)."
     )
 

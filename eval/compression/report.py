@@ -132,7 +132,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def plot(path: str, rows: Sequence[dict]) -> None:
     """Quality against size, a colour a method, the Pareto front joined and named."""
-    figure, axis = require_matplotlib().subplots(figsize=(9, 5))
+    figure, axis = require_matplotlib().subplots(figsize=(9.5, 4.6))
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         axis.errorbar(
@@ -147,10 +147,11 @@ def plot(path: str, rows: Sequence[dict]) -> None:
     sizes, qualities = [row["bytes"] / 1e6 for row in front], [row["quality"] for row in front]
     axis.plot(sizes, qualities, "k--", drawstyle="steps-post", lw=1, zorder=0, label="Pareto front")
     axis.plot(sizes, qualities, "ko", fillstyle="none", ms=11)
-    for i, row in enumerate(front):
-        place = (6, 8 if i % 2 else -16)  # neighbours on different sides
-        axis.annotate(row["row"], (sizes[i], qualities[i]), place, textcoords="offset points", fontsize=8)
+    for number, (row, *point) in enumerate(zip(front, sizes, qualities), 1):
+        axis.annotate(str(number), point, (-9, 8), textcoords="offset points", fontsize=8, ha="center")
+        axis.plot([], [], " ", label=f"{number}: {row['row']}")
     axis.set_xlim(left=0)
-    axis.margins(x=0.15)
-    finish_panel(axis, "Quality against size", "MB on disk", rows[0]["metric"].replace("_", "-"))
+    axis.margins(y=0.1)
+    finish_panel(axis, "Quality against size", "MB on disk", rows[0]["metric"].replace("_", "-"), legend=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9)
     save_png(figure, path)

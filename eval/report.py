@@ -1,6 +1,7 @@
 """Tables and plots of the runs of a sweep, from its JSONs alone.
 
     python eval/report.py eval/results/glue/cola --baseline lora
+    python eval/report.py eval/results/glue/* eval/results/commonsense --summary eval/results/summary.md
 
 Writes report.md, curves.png (loss and dev metric against step and seconds) and quality.png (metric against trainable
 parameters and memory) into the folder. Runs that failed or are missing are shown as such. For every method: its best
@@ -62,6 +63,8 @@ class Method:
     @property
     def best(self) -> list[dict]:
         """The finished runs at the best rate, by seed."""
+        if not self.rates:
+            return []
         rate = best_rate(self.rates)
         found = [r for r in self.runs if r["status"] == FINISHED and r["settings"]["learning_rate"] == rate]
         return sorted(found, key=lambda run: run["settings"]["seed"])
@@ -171,6 +174,19 @@ def table(folder: str, baseline: str) -> str:
     return "\n".join(lines)
 
 
+def summary(folders: list[str]) -> str:
+    """One Markdown table of several sweeps: a method a line, a task a column."""
+    sweeps = [load_sweep(folder)[0] for folder in folders]
+    names = list(dict.fromkeys(name for methods in sweeps for name in methods))
+    runs = [next(run for method in methods.values() for run in method.best) for methods in sweeps]
+    header = ["", *(f"{run['task'].removeprefix('glue/')} ({run['metric']})" for run in runs)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name in names:
+        cells = [mean_of([final(run) for run in m[name].best]) if name in m else "" for m in sweeps]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def smooth(values: list[float], width: int = 10) -> list[float]:
     return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
@@ -179,9 +195,7 @@ def plot_curves(methods: dict[str, Method], path: str) -> None:
     """Training loss and dev metric, means over seeds, against step and against seconds."""
     figure, axes = panels(4)
     for method in methods.values():
-        if not method.runs or not method.best:
-            continue
-        if method.name == UNTRAINED:
+        if not method.best or method.name == UNTRAINED:
             continue
         columns = [list(zip(*seed)) for seed in zip(*(run["losses"] for run in method.best))]
         steps, seconds, losses = zip(*([statistics.fmean(c) for c in point] for point in columns))
@@ -212,7 +226,7 @@ def plot_quality(methods: dict[str, Method], path: str) -> None:
     """The metric with its error against trainable parameters and against memory."""
     figure, axes = panels(2)
     for method in methods.values():
-        if not method.runs or not method.best:
+        if not method.best:
             continue
         mean, error = mean_and_error([final(run) for run in method.best])
         memory = statistics.median(run["peak_memory_bytes"] for run in method.best) / 2**20
@@ -230,6 +244,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--baseline", default="lora")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--summary", help="a Markdown file for one table of all folders")
     arguments = parser.parse_args()
     for folder in arguments.folders:
         text = table(folder, arguments.baseline)
@@ -239,6 +254,8 @@ def main() -> None:
             methods, _ = load_sweep(folder)
             plot_curves(methods, os.path.join(folder, "curves.png"))
             plot_quality(methods, os.path.join(folder, "quality.png"))
+    if arguments.summary:
+        replace_file(arguments.summary, summary(arguments.folders) + "\n")
 
 
 if __name__ == "__main__":

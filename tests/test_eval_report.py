@@ -107,6 +107,19 @@ def test_an_unknown_baseline_is_named(tmp_path):
         report.table(str(tmp_path), "dora")
 
 
+def test_the_summary_has_a_column_for_every_task(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    write(tmp_path / "one", whole("lora", 0.6) + whole("full", 0.9), ["lora", "full", "mora"])
+    other = [r | {"task": "commonsense"} for r in whole("lora", 0.7)]
+    write(tmp_path / "two", other, ["lora"])
+    table = cells(report.summary([str(tmp_path / "one"), str(tmp_path / "two")]))
+    scores = [r["metrics"]["accuracy"] for r in other if r["settings"]["learning_rate"] == 3e-3]
+    assert table["lora"]["commonsense (accuracy)"] == f"{np.mean(scores):.3f} ± {stats.sem(scores):.3f}"
+    assert table["full"]["sst2 (accuracy)"].count("±") == 1 and table["full"]["commonsense (accuracy)"] == ""
+    assert table["mora"]["sst2 (accuracy)"] == "none yet"
+
+
 def test_plots_are_drawn(tmp_path):
     write(tmp_path, whole("lora", 0.6) + whole("full", 0.9), ["lora", "full", "mora"])
     methods, _ = report.load_sweep(str(tmp_path))

@@ -50,7 +50,7 @@ def misfit(row: Row, base: nn.Module) -> str | None:
         return f"{package} is not installed: pip install 'peft-scalora[quantization]'"
     if kind != "bfloat16" and shrink.needs_own_loading(base.config):
         return "transformers cannot load a model with heads taken out, and quantizes while it loads"
-    linears = [base.get_submodule(name) for name in linear_names(base) if name not in heads(base)]
+    linears = [base.get_submodule(name) for name in inner_linears(base)]
     if not linears:
         return "it has no linear layer to quantize"
     if kind == "bnb" and row.options["bits"] == 4:
@@ -84,25 +84,30 @@ def _int4_misfit(linears: list[nn.Linear]) -> str | None:
 
 
 def build(row: Row, context: Context, folder: str) -> nn.Module:
-    base = context.folders[row.after]
-    kind = row.options["kind"]
-    if kind == "bfloat16":
-        model = context.base(row).to(torch.bfloat16)
+    model = quantized(row, context)
+    if row.options["kind"] == "int4":
+        save_packed(model, folder)
+    elif "scalora" in row.options:
+        save(model, os.path.join(folder, BASE))
+        model = context.fine_tune(model, "scalora")
+        save_adapter(model, folder)
+    else:
         save(model, folder)
-        return model
-    if kind == "int4":
-        model = context.base(row).to(torch.bfloat16)
-        names = [name for name in linear_names(model) if name not in heads(model)]
-        save_packed(quantize_int4(model, names), names, folder)
-        return model
-    model = load_plain(base, quantization_config=config_of(row, context.base(row)), dtype=torch.bfloat16)
-    if not row.options.get("scalora"):
-        save(model, folder)
-        return model
-    save(model, os.path.join(folder, BASE))
-    model = context.fine_tune(model, "scalora")
-    save_adapter(model, folder)
     return model
+
+
+def quantized(row: Row, context: Context) -> PreTrainedModel:
+    """The model that `row` starts from in its new type, loaded so: `to` would round buffers too."""
+    base = context.folders[row.after]
+    if row.options["kind"] in ("torchao", "bnb"):
+        return load_plain(base, quantization_config=config_of(row, context.base(row)), dtype=torch.bfloat16)
+    model = load_plain(base, dtype=torch.bfloat16)
+    return quantize_int4(model, inner_linears(model)) if row.options["kind"] == "int4" else model
+
+
+def inner_linears(model: PreTrainedModel) -> list[str]:
+    """All linear layers but the head."""
+    return [name for name in linear_names(model) if name not in heads(model)]
 
 
 def load(folder: str) -> nn.Module:
@@ -143,9 +148,9 @@ def quantize_int4(model: nn.Module, names: list[str]) -> nn.Module:
     return model
 
 
-def save_packed(model: PreTrainedModel, names: list[str], folder: str) -> None:
+def save_packed(model: PreTrainedModel, folder: str) -> None:
     """Plain tensors: of a packed weight its two parts, and everything else as it is."""
-    packed = [f"{name}.weight" for name in names]
+    packed = [f"{name}.weight" for name in inner_linears(model)]
     tensors = {}
     for key, value in model.state_dict().items():
         if key in packed:

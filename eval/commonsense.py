@@ -11,6 +11,7 @@ training rows; the metrics are of the test rows, scored once, at the end. A run 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from harness.generate import generate
-from harness.likelihood import Pair, chosen, chosen_by_length, encode_pair, log_likelihoods
+from harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
 from harness.models import load_causal_lm
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded
@@ -125,6 +126,8 @@ def load_mixture(
         raise ValueError(f"tasks={','.join(tasks)}: the hub's mixture is of all tasks; give --data-dir to choose some.")
     parts = tasks if data_dir is not None else [MIXTURE]
     train_share, dev_share = (None if total is None else total // len(parts) for total in (train_rows, dev_rows))
+    if dev_share == 0:
+        raise ValueError(f"dev_rows={dev_rows} gives no row of each of {len(parts)} parts: raise it.")
     split = [split_dev(load_rows(part, "train", data_dir), dev_share, train_share) for part in parts]
     for part, (train_part, _) in zip(parts, split, strict=True):
         if train_share is not None and not 0 < train_share == len(train_part):
@@ -148,6 +151,17 @@ def encode(rows: Sequence[dict], tokenizer, max_length: int) -> list[dict]:
     if not encoded:
         raise ValueError(f"no training row fits into max_length={max_length} tokens: raise it.")
     return encoded
+
+
+def longest(tests: dict[str, Rows], tokenizer) -> int:
+    """Tokens of the longest prompt with a choice, less the last one."""
+    pairs = (
+        encode_pair(tokenizer, prompt(row), OUTPUT + choice)
+        for rows in tests.values()
+        for row in rows
+        for choice in choices(row)
+    )
+    return max(len(context) + len(continuation) for context, continuation in pairs) - 1
 
 
 def score_by_likelihood(model, tokenizer, rows: Sequence[dict], batch_size: int, description: str) -> list[Score]:
@@ -200,6 +214,7 @@ def total(by_task: dict[str, list[Score]]) -> dict[str, float]:
 
 def score_tasks(model, tokenizer, tests: dict[str, Rows], scoring: str, batch_size: int, folder: str) -> dict:
     """Scores by task; a task that was scored before an interruption is read from `folder`."""
+    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "scored.json")
     by_task = {}
     if os.path.exists(path):
@@ -255,19 +270,23 @@ class Evaluation:
 def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output: str) -> dict:
     """Train and score; the run's JSON goes to `output`."""
     saved = settings_of(settings, **vars(evaluation) | {"tasks": list(evaluation.tasks)})
-    found = finished(output, saved)
-    if found is not None:
-        return found
     tests = {task: load_rows(task, "test", data_dir).part(0, evaluation.test_rows) for task in evaluation.tasks}
     mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
-    with recorded(output, "commonsense", saved) as result:
+    parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
+    identity = "commonsense", saved, {split: [rows.record for rows in part] for split, part in parts.items()}
+    found = finished(output, *identity)
+    if found is not None:
+        return found
+    with recorded(output, *identity) as result:
         result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
-        parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
-        result["data"] = {split: [rows.record for rows in found] for split, found in parts.items()}
         tokenizer, model = load_causal_lm(settings)
+        check_length(model, longest(tests, tokenizer))  # before hours of training
         folder = checkpoints(output)
         model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
         result |= figures
+        # What an interrupted run has scored counts if it was of exactly this model: one with these dev metrics.
+        last = {name: value for name, value in figures["curve"][-1].items() if name != "seconds"}
+        folder = os.path.join(folder, f"scored-{hashlib.sha256(json.dumps(last).encode()).hexdigest()[:16]}")
         with torch.no_grad():
             by_task = score_tasks(
                 model.eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder

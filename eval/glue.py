@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from baselines.mora import HEADS
 from glue_metric.scores import scores
 from harness.models import quantization_config
 from harness.ranks import over_ranks
@@ -33,11 +34,12 @@ class Task:
     classes: int = 2
     metric: str = "accuracy"
     validation: str = "validation"
+    may_be_empty: bool = False  # a text
 
     @property
     def fields(self) -> dict[str, Field]:
         label = Field(float) if self.classes == 1 else Field(int, tuple(range(self.classes)))
-        return {**{name: Field(str) for name in self.text}, "label": label}
+        return {**{name: Field(str, may_be_empty=self.may_be_empty) for name in self.text}, "label": label}
 
 
 TASKS = {
@@ -45,7 +47,7 @@ TASKS = {
     "sst2": Task(("sentence",)),
     "mrpc": Task(("sentence1", "sentence2"), metric="f1"),
     "stsb": Task(("sentence1", "sentence2"), classes=1, metric="pearson"),
-    "qqp": Task(("question1", "question2"), metric="f1"),
+    "qqp": Task(("question1", "question2"), metric="f1", may_be_empty=True),  # the hub has two such rows
     "mnli": Task(("premise", "hypothesis"), classes=3, validation="validation_matched"),
     "qnli": Task(("question", "sentence")),
     "rte": Task(("sentence1", "sentence2")),
@@ -113,7 +115,14 @@ def load_model(task: str, settings: Training):
         ignore_mismatched_sizes=True,  # a head for other classes is replaced, and transformers says so
     )
     model.config.pad_token_id = tokenizer.pad_token_id
+    for name in HEADS:
+        if hasattr(model, name):  # trained by every method, so in float32 whatever the base is in
+            getattr(model, name).float().register_forward_pre_hook(_in_float32)
     return tokenizer, model
+
+
+def _in_float32(module: torch.nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0].float(), *inputs[1:])
 
 
 def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output: str) -> dict:
@@ -121,12 +130,12 @@ def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output
     rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
     validation = load_rows(task, "validation", data_dir)
     saved = settings_of(settings, **sizes)
-    found = finished(output, saved)
+    identity = f"glue/{task}", saved, {"train": rows.record, "dev": dev.record, "test": validation.record}
+    found = finished(output, *identity)
     if found is not None:
         return found
-    with recorded(output, f"glue/{task}", saved) as result:
+    with recorded(output, *identity) as result:
         result["metric"] = result["dev_metric"] = TASKS[task].metric
-        result["data"] = {"train": rows.record, "dev": dev.record, "test": validation.record}
         tokenizer, model = load_model(task, settings)
         encoded = [encode(part, task, tokenizer, settings.max_length) for part in (rows, dev, validation)]
         labels = [np.array([row["labels"] for row in part]) for part in encoded]

@@ -133,14 +133,11 @@ def main() -> None:
     settings = Training(model=arguments.model, dtype=arguments.dtype)
     known = settings_of(settings)
     saved = {name: known[name] for name in ("model", "dtype")}
-    with recorded(
-        arguments.output,
-        "lm_eval_agreement",
-        saved | {"test_rows": arguments.test_rows, "lm_eval": lm_eval_version, "batch_size": BATCH_SIZE},
-    ) as result:
-        tests = {task: load_rows(task, "test", arguments.data_dir) for task in arguments.tasks}
-        tests = {task: rows.part(0, arguments.test_rows) for task, rows in tests.items()}
-        result["data"] = {task: rows.record for task, rows in tests.items()}
+    saved |= {"test_rows": arguments.test_rows, "lm_eval": lm_eval_version, "batch_size": BATCH_SIZE}
+    tests = {task: load_rows(task, "test", arguments.data_dir) for task in arguments.tasks}
+    tests = {task: rows.part(0, arguments.test_rows) for task, rows in tests.items()}
+    data = {task: rows.record for task, rows in tests.items()}
+    with recorded(arguments.output, "lm_eval_agreement", saved, data) as result:
         tokenizer, model = load_causal_lm(settings)
         model.eval()
         theirs = lm_eval_scores(model, tokenizer, arguments.tasks, arguments.data_dir, arguments.test_rows)

@@ -25,6 +25,7 @@ from itertools import chain
 
 from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 from harness.generate import generate
+from harness.likelihood import check_length
 from harness.loss import answer_loss
 from harness.models import load_causal_lm
 from harness.prompts import encode_all
@@ -69,6 +70,7 @@ class Problems:
     kind: Field
     hub: str
     config: str | None = None
+    may_be_empty: bool = False  # the question
 
 
 SETS = {
@@ -76,7 +78,7 @@ SETS = {
     "math": Problems(
         "problem", "solution", Solution(str, find=boxed_answer, form=r"\boxed{}"), "DigitalLearningGmbH/MATH-lighteval"
     ),
-    "metamathqa": Problems("query", "response", Field(str), "meta-math/MetaMathQA"),
+    "metamathqa": Problems("query", "response", Field(str), "meta-math/MetaMathQA", may_be_empty=True),  # 4 rows
 }
 
 
@@ -117,7 +119,11 @@ def load_problems(name: str, split: str, data_dir: str | None) -> Rows:
     else:
         problems, (data_dir, local) = SETS["metamathqa"], os.path.split(os.path.abspath(name))
     source = Source(local, problems.hub, problems.config, split)
-    rows = load(source, data_dir, {problems.question: Field(str), problems.solution: problems.kind})
+    rows = load(
+        source,
+        data_dir,
+        {problems.question: Field(str, may_be_empty=problems.may_be_empty), problems.solution: problems.kind},
+    )
     both = ({"question": row[problems.question], "solution": row[problems.solution]} for row in rows)
     return Rows(tuple(both), rows.source)
 
@@ -226,16 +232,18 @@ def summary(scored: Sequence[dict]) -> dict[str, float]:
 def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output: str) -> dict:
     """Train, unless the method is none, and score; the run's JSON goes to `output`."""
     saved = settings_of(settings, **evaluation.saved)
-    found = finished(output, saved)
-    if found is not None:
-        return found
     mixture = load_mixture(evaluation, data_dir)
     tests = {name: load_test(name, data_dir, evaluation.test_rows) for name in TESTS}
-    with recorded(output, "math_problems", saved) as result:
+    data = {"train": mixture[0], "dev": mixture[1]} | {f"{name}_test": rows for name, rows in tests.items()}
+    identity = "math_problems", saved, {name: rows.record for name, rows in data.items()}
+    found = finished(output, *identity)
+    if found is not None:
+        return found
+    with recorded(output, *identity) as result:
         result |= {"metric": "strict" if evaluation.generate else "loss", "dev_metric": "dev_loss"}
-        result["data"] = {"train": mixture[0].record, "dev": mixture[1].record}
-        result["data"] |= {f"{name}_test": rows.record for name, rows in tests.items()}
         tokenizer, model = load_causal_lm(settings)
+        encoded = chain.from_iterable(encode_rows(rows, tokenizer)[0] for rows in tests.values())
+        check_length(model, max(len(row["input_ids"]) for row in encoded) - 1)  # before hours of training
         folder = checkpoints(output)
         model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
         result |= figures

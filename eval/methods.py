@@ -117,13 +117,14 @@ class Run:
 
     def do(self, name: str) -> dict:
         """The row's result; built, saved, loaded in a fresh process and scored there, unless it is there already."""
-        found = finished(self.result_path(name), self.settings(name))
+        identity = f"methods/{self.task.name}", self.settings(name), self.task.data
+        found = finished(self.result_path(name), *identity)
         if found is not None and os.path.isdir(self.folder(name)):
             return found
         module, row, context = MODULE_OF[name], row_of(name), self.context(name)
-        with recorded(self.result_path(name), f"methods/{self.task.name}", self.settings(name)) as result:
+        with recorded(self.result_path(name), *identity) as result:
             result |= {"method": short_name(module), "after": row.after, "caveat": row.caveat}
-            result |= {"metric": self.task.metric, "data": self.task.data}
+            result["metric"] = self.task.metric
             reason = self._unfit(row, module, context)
             if reason is not None:
                 result["unfit"] = reason

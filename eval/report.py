@@ -6,7 +6,8 @@
 Writes report.md, curves.png (loss and dev metric against step and seconds) and quality.png (metric against trainable
 parameters and memory) into the folder. Runs that failed or are missing are shown as such. For every method: its best
 learning rate by the dev metric; mean ± standard error over seeds; the difference to the baseline over the same seeds
-(paired t-test) and the same rows (bootstrap); the dev metric after as many seconds as the baseline's whole run took.
+(paired t-test) and the same rows (bootstrap); and the dev metric after the seconds of the baseline's run of the same
+seed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ HEADER = [
     "{metric}",
     "over {baseline} (p; 95% of rows)",
     "dev {dev} at {baseline}'s steps",
-    "and seconds",
+    "within its seconds",
     "s a step",
     "MiB",
 ]
@@ -88,6 +89,11 @@ def load_sweep(folder: str) -> tuple[dict[str, Method], dict]:
 def scorer(run: dict) -> Callable[[np.ndarray, np.ndarray], float]:
     """The run's main metric of some of its rows: (predictions, row numbers) -> value."""
     family, _, task = run["task"].partition("/")
+    if family == "commonsense":  # a mean over tasks, however many rows they have
+        tasks = np.array(run["prediction_tasks"])
+        return lambda predictions, rows: float(
+            np.mean([predictions[tasks[rows] == name].mean() for name in np.unique(tasks[rows])])
+        )
     if family != "glue":
         return lambda predictions, rows: float(predictions.mean())
     from glue import score
@@ -106,10 +112,18 @@ def final(run: dict) -> float:
     return run["metrics"][run["metric"]]
 
 
-def dev_at(run: dict, seconds: float) -> float | None:
-    """The dev metric at the last point of the curve within so many seconds; None if there is no such point."""
-    reached = [point for point in run["curve"] if point["seconds"] <= seconds]
-    return reached[-1][run["dev_metric"]] if reached else None
+def dev_within(run: dict, seconds: float) -> float | None:
+    """The dev metric after so many seconds, between two points of the curve in proportion; None before the first."""
+    at = [point["seconds"] for point in run["curve"]]
+    if seconds < at[0]:
+        return None
+    return float(np.interp(seconds, at, [point[run["dev_metric"]] for point in run["curve"]]))
+
+
+def budget(run: dict, baseline: Method) -> float:
+    """Seconds of the baseline's whole run of the same seed, or of its mean run."""
+    by_seed = {other["settings"]["seed"]: other["curve"][-1]["seconds"] for other in baseline.best}
+    return by_seed.get(run["settings"]["seed"], statistics.fmean(by_seed.values()) if by_seed else 0.0)
 
 
 def mean_of(values: list[float | None], digits: int = 3) -> str:
@@ -141,9 +155,8 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
     best = method.best
     tried = ", ".join(f"{rate:g}" for rate in sorted(method.rates)) + (", best at an end" if method.at_edge else "")
     failed = f", {len(method.failed)} failed" if method.failed else ""
-    budget = statistics.fmean(run["train_seconds"] for run in baseline.best) if baseline.best else 0.0
     rank = best[0]["effective_rank"]
-    steps = [run["train_seconds"] / max(1, run["steps"]) for run in best]
+    steps = [(run["train_seconds"] - run.get("setup_seconds", 0.0)) / max(1, run["steps"]) for run in best]
     return [
         method.name,
         "" if method.name == UNTRAINED else f"{best[0]['settings']['learning_rate']:g} ({tried})",
@@ -153,7 +166,7 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
         mean_of([final(run) for run in best]),
         difference(method, baseline),
         mean_of([run["curve"][-1][run["dev_metric"]] for run in best]),
-        mean_of([dev_at(run, 1.001 * budget) for run in best]),
+        mean_of([dev_within(run, budget(run, baseline)) for run in best]),
         f"{statistics.median(steps):.3f}",
         f"{statistics.median(run['peak_memory_bytes'] for run in best) / 2**20:.0f}",
     ]

@@ -135,7 +135,8 @@ def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
 
 def note(study: optuna.Study, rate: float, value: float) -> None:
     """Keep a trial in the study, once."""
-    if any(trial.params["learning_rate"] == rate for trial in study.trials if trial.params):
+    done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    if any(trial.params["learning_rate"] == rate for trial in done):
         return
     study.enqueue_trial({"learning_rate": rate})
     trial = study.ask()
@@ -144,13 +145,36 @@ def note(study: optuna.Study, rate: float, value: float) -> None:
     study.tell(trial, None if failed else value, state=optuna.trial.TrialState.FAIL if failed else None)
 
 
+def save_plan(sweep: Sweep, methods: list[str]) -> None:
+    """Keep what is run beside the results; methods may be added to it later, nothing else may change.
+
+    Raises:
+        ValueError: the folder is of another sweep.
+    """
+    path = os.path.join(sweep.output, PLAN_NAME)
+    # Paths by their names: the plan is the same on another machine.
+    arguments = [os.path.basename(part.rstrip(os.sep)) if os.sep in part else part for part in sweep.arguments]
+    plan = {
+        "script": os.path.basename(sweep.script),
+        "arguments": arguments,
+        "rates": list(sweep.rates),
+        "seeds": sweep.seeds,
+    }
+    before = read(path) if os.path.exists(path) else plan | {"methods": []}
+    changed = [name for name, value in plan.items() if before[name] != value]
+    if changed:
+        raise ValueError(f"{path} is of a sweep with other {', '.join(changed)}: choose another --output.")
+    plan["methods"] = list(dict.fromkeys([*before["methods"], *methods]))
+    replace_file(path, json.dumps(plan, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", required=True)
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="methods tuned at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at a time; their seconds disturb each other")
     parser.add_argument("--output", required=True)
     parser.add_argument("arguments", nargs="*", help="after --: for the script")
     arguments = parser.parse_args()
@@ -160,8 +184,7 @@ def main() -> None:
         arguments.script, tuple(arguments.arguments), tuple(sorted(arguments.rates)), arguments.seeds, arguments.output
     )
     os.makedirs(sweep.output, exist_ok=True)
-    plan = {"methods": arguments.methods, "seeds": sweep.seeds, "rates": sweep.rates}
-    replace_file(os.path.join(sweep.output, PLAN_NAME), json.dumps(plan, indent=1))
+    save_plan(sweep, arguments.methods)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{os.path.join(sweep.output, 'sweep.db')}"
     optuna.storages.RDBStorage(storage)  # makes the tables before several threads would

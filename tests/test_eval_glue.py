@@ -13,6 +13,7 @@ import glue
 import numpy as np
 import pytest
 import torch
+from baselines import METHODS, prepare
 from harness.training import Training
 from helpers_runs import WORDS, classification_rows, save_classifier, sentences
 from transformers import DataCollatorWithPadding
@@ -29,7 +30,10 @@ def confusion(predictions, references):
 def by_hand(task, predictions, references):
     """The metrics, from their definitions."""
     if task == "stsb":
-        ranks = [np.argsort(np.argsort(values)) for values in (predictions, references)]
+        # The mean rank of equal values.
+        ranks = [
+            [np.mean(np.flatnonzero(np.sort(v) == x)) for x in v] for v in map(np.array, (predictions, references))
+        ]
         return {
             "pearson": np.corrcoef(predictions, references)[0, 1],
             "spearman": np.corrcoef(*ranks)[0, 1],
@@ -111,9 +115,9 @@ def test_every_task_runs_and_its_record_holds_the_metrics(tmp_path, task, method
     assert [saved["data"][part]["rows"] for part in ("train", "dev", "test")] == [40, 10, 60]
     assert [point["step"] for point in saved["curve"]] == [3, 6] and len(saved["losses"]) == 6
     assert saved["train_seconds"] + 1e-3 >= saved["losses"][-1][1] > saved["losses"][0][1] > 0
-    if len(set(saved["predictions"])) > 1:
-        expected = by_hand(task, saved["predictions"], saved["references"]) if task != "stsb" else saved["metrics"]
-        assert saved["metrics"] == pytest.approx(expected)
+    assert len(saved["predictions"]) == 60
+    if len(set(saved["predictions"])) > 1:  # else no correlation, which has a test of its own
+        assert saved["metrics"] == pytest.approx(by_hand(task, saved["predictions"], saved["references"]), abs=1e-6)
     assert not os.path.exists(f"{path}.checkpoints")
 
 
@@ -173,6 +177,30 @@ def test_the_command(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     saved = json.loads((tmp_path / "rte.json").read_text())
     assert saved["settings"]["model"] == "model" and saved["settings"]["r"] == 2
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("q")])
+def test_every_method_trains_the_head_in_float32(tmp_path, method):
+    fields = settings(tmp_path, method=method, dtype="bfloat16", warmup_steps=0)
+    tokenizer, model = glue.load_model("cola", fields)
+    batches = [DataCollatorWithPadding(tokenizer)(glue.encode(task_rows("cola", 8), "cola", tokenizer, 32))]
+    prepared = prepare(model, fields, batches).model
+    head = [p for name, p in prepared.named_parameters() if "classifier" in name and p.requires_grad]
+    assert len(head) == 2 and all(p.dtype == torch.float32 for p in head)
+    prepared(**batches[0]).loss.backward()
+    assert all(p.grad is not None for p in head)
+
+
+def test_another_task_and_other_rows_are_another_run(tmp_path):
+    data = write_task(tmp_path, "cola", task_rows("cola"))
+    write_task(tmp_path, "sst2", task_rows("sst2"))
+    sizes, path = {"train_rows": None, "dev_rows": 10}, str(tmp_path / "run.json")
+    glue.run("cola", settings(tmp_path), data, sizes, path)
+    with pytest.raises(ValueError, match=r"other settings \(task, data\)"):
+        glue.run("sst2", settings(tmp_path), data, sizes, path)
+    flipped = [row | {"label": 1 - row["label"]} for row in task_rows("cola")]
+    with pytest.raises(ValueError, match=r"other settings \(data\)"):
+        glue.run("cola", settings(tmp_path), write_task(tmp_path / "flipped", "cola", flipped), sizes, path)
 
 
 def test_unknown_tasks_are_named(tmp_path):

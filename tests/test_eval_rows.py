@@ -94,8 +94,8 @@ def test_dev_rows_are_taken_out_of_the_training_rows(tmp_path):
     assert list(fewer) == list(train[:2]) and list(same) == list(dev)
 
 
-@pytest.mark.parametrize("count", [-1, 6])
+@pytest.mark.parametrize("count", [0, 6])
 def test_too_many_dev_rows_are_refused(tmp_path, count):
     rows = load(SOURCE, write(tmp_path, [json.dumps(row) for row in ROWS]), FIELDS)
-    with pytest.raises(ValueError, match=f"dev_rows={count} must be from 0 to half of the 10 rows"):
+    with pytest.raises(ValueError, match=f"dev_rows={count} must be from 1 to half of the 10 rows"):
         split_dev(rows, count)

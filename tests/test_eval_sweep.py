@@ -73,6 +73,18 @@ def test_a_sweep_that_is_done_runs_nothing_and_one_run_that_is_missing_runs_alon
     assert sweep(tmp_path, "lora", rates=("1e-3", "1e-2", "1e-1")) == [("lora", "0.01", "1", "-")]
 
 
+def test_methods_may_be_added_and_nothing_else_changed(tmp_path):
+    rates = ("1e-3", "1e-2", "1e-1")
+    sweep(tmp_path, "lora", rates=rates)
+    calls = sweep(tmp_path, "dora", rates=rates)
+    assert {method for method, *_ in calls} == {"dora"}
+    assert json.loads((tmp_path / "runs" / "plan.json").read_text())["methods"] == ["lora", "dora"]
+    with pytest.raises(ValueError, match=r"of a sweep with other arguments: choose another --output"):
+        sweep(tmp_path, "lora", rates=rates, optimum="1e-4")
+    with pytest.raises(ValueError, match=r"of a sweep with other seeds"):
+        sweep(tmp_path, "lora", rates=rates, seeds=1)
+
+
 def test_a_crash_is_recorded_and_the_best_of_the_others_chosen(tmp_path):
     sweep(tmp_path, "lora", rates=("1e-3", "1e-2", "1e-1"), seeds=2, optimum="0.09", crash_from="0.05")
     crashed = json.loads((tmp_path / "runs" / "lora-lr0.1-seed0.json").read_text())

@@ -52,7 +52,7 @@ def log_likelihoods(
     for index, (context, continuation) in enumerate(pairs):
         inputs.setdefault(tuple(context + continuation)[:-1], []).append(index)
     longest_first = sorted(inputs, key=len, reverse=True)
-    _check_length(model, longest_first)
+    check_length(model, len(longest_first[0]) if longest_first else 0)
     results = [0.0] * len(pairs)
     starts = range(0, len(longest_first), batch_size)
     for start in tqdm(starts, desc=description, unit="batch", leave=False, disable=not is_main_process()):
@@ -85,11 +85,16 @@ def _logits(model: torch.nn.Module, batch: list[tuple[int, ...]], first: int) ->
     return output.logits[:, -kept:]
 
 
-def _check_length(model: torch.nn.Module, longest_first: list[tuple[int, ...]]) -> None:
+def check_length(model: torch.nn.Module, longest: int) -> None:
+    """Refuse a context with its continuation, less the last token, of more tokens than the model reads.
+
+    Raises:
+        ValueError: names both numbers.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
-    if longest_first and limit is not None and len(longest_first[0]) > limit:
+    if limit is not None and longest > limit:
         raise ValueError(
-            f"a context with its continuation has {len(longest_first[0]) + 1} tokens, and the model reads {limit}: "
+            f"a context with its continuation has {longest + 1} tokens, and the model reads {limit}: "
             "shorten it, nothing is cut off here."
         )
 

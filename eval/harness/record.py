@@ -59,11 +59,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def finished(path: str, settings: dict) -> dict | None:
+def finished(path: str, task: str, settings: dict, data: dict) -> dict | None:
     """The finished run at `path`; None if there is none or it failed.
 
     Raises:
-        ValueError: a run with other settings is there.
+        ValueError: a run of another task, with other settings or of other rows is there.
     """
     if not os.path.exists(path):
         return None
@@ -71,24 +71,33 @@ def finished(path: str, settings: dict) -> dict | None:
         result = json.load(file)
     if result["status"] != FINISHED:
         return None
-    changed = [name for name, value in settings.items() if result["settings"].get(name) != value]
+    changed = _changed(result, task, settings, data)
     if changed:
         raise ValueError(f"{path} is a run with other settings ({', '.join(changed)}): choose another --output.")
     return result
 
 
+def _changed(found: dict, task: str, settings: dict, data: dict) -> list[str]:
+    """What of a recorded run is not as now."""
+    known = json.loads(json.dumps(settings))
+    settings = [name for name, value in known.items() if found["settings"].get(name) != value]
+    return settings + [name for name, value in (("task", task), ("data", data)) if found[name] != value]
+
+
 @contextmanager
-def recorded(path: str, task: str, settings: dict) -> Iterator[dict]:
+def recorded(path: str, task: str, settings: dict, data: dict) -> Iterator[dict]:
     """Yield a dict for the results of a run, and write it to `path` when the block ends, however it ends.
+
+    `data` tells the rows (`Rows.record`): with the task and the settings it makes a run what it is.
 
     What the run needs to be continued belongs into the folder `checkpoints(path)`, removed once it is finished.
 
     Raises:
-        ValueError: an interrupted run with other settings is there.
+        ValueError: an interrupted run of another task, with other settings or of other rows is there.
     """
     folder = checkpoints(path)
-    _claim(folder, settings)
-    result = {"task": task, "status": FAILED, "settings": settings, "environment": environment()}
+    _claim(folder, task, settings, data)
+    result = {"task": task, "status": FAILED, "settings": settings, "environment": environment(), "data": data}
     try:
         yield result
         result["status"] = FINISHED
@@ -113,14 +122,12 @@ def checkpoints(path: str) -> str:
     return f"{path}.checkpoints"
 
 
-def _claim(folder: str, settings: dict) -> None:
-    """Make the folder, or see that it is of a run with these settings."""
-    path = os.path.join(folder, "settings.json")
-    known = json.loads(json.dumps(settings))
+def _claim(folder: str, task: str, settings: dict, data: dict) -> None:
+    """Make the folder, or see that it is of this run."""
+    path = os.path.join(folder, "run.json")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        changed = [name for name in known | found if known.get(name) != found.get(name)]
+            changed = _changed(json.load(file), task, settings, data)
         if changed:
             raise ValueError(
                 f"{folder} is of an interrupted run with other settings ({', '.join(changed)}): remove it, or choose "
@@ -128,4 +135,4 @@ def _claim(folder: str, settings: dict) -> None:
             )
     elif is_main_process():
         os.makedirs(folder, exist_ok=True)
-        replace_file(path, json.dumps(known, indent=1))
+        replace_file(path, to_json({"task": task, "settings": settings, "data": data}))

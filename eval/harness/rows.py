@@ -137,10 +137,10 @@ def split_dev(rows: Rows, dev_rows: int, train_rows: int | None = None) -> tuple
     `train_rows` of the rest are kept, all of them unless given.
 
     Raises:
-        ValueError: more dev rows than half of the rows.
+        ValueError: no dev row, or more of them than half of the rows.
     """
-    if not 0 <= dev_rows <= len(rows) // 2:
-        raise ValueError(f"dev_rows={dev_rows} must be from 0 to half of the {len(rows)} rows of {rows.source}.")
+    if not 0 < dev_rows <= len(rows) // 2:
+        raise ValueError(f"dev_rows={dev_rows} must be from 1 to half of the {len(rows)} rows of {rows.source}.")
     shuffled = random.Random(0).sample(rows.rows, len(rows))
     cut = len(rows) - dev_rows
     return Rows(tuple(shuffled[:cut][:train_rows]), rows.source), Rows(tuple(shuffled[cut:]), rows.source)

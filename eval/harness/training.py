@@ -15,11 +15,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_scalora.checkpoints import last_complete_checkpoint
+from peft_scalora.config import SCALINGS
 
 from .record import clock, peak_memory_bytes
 
 UNTRAINED = "none"  # the method that leaves the model as it is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHOICES = {"method": (*METHODS, UNTRAINED), "dtype": tuple(DTYPES), "scaling": SCALINGS}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Training:
     weight_decay: float = 0.0
     max_length: int = 128
     eval_steps: int = 50  # a point of the curve
-    save_steps: int = 500
+    save_steps: int = 50
     seed: int = 0
     dtype: str = "float32"  # of the base model
     scaling: str = "column"
@@ -54,10 +56,9 @@ class Training:
     moment_transport: bool = True
 
     def __post_init__(self):
-        if self.method not in (*METHODS, UNTRAINED):
-            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}, {UNTRAINED}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
 
     @property
     def alpha(self) -> int:
@@ -65,21 +66,26 @@ class Training:
 
 
 class Curve(TrainerCallback):
-    """Seconds of training for every logged loss, and `evaluate()` every `eval_steps`, outside those seconds.
+    """Seconds for every logged loss, and `evaluate()` every `eval_steps`, outside those seconds.
 
+    They are of training and of making the model ready for it (`seconds`), not of writing checkpoints.
     All of it goes into Trainer's log, and so into its checkpoints: a run that is continued continues its curve.
     """
 
-    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int):
+    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int, seconds: float):
         self.evaluate, self.every, self.trainer = evaluate, every, None
-        self.seconds = 0.0
+        self.seconds = seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds = next((e["seconds"] for e in reversed(state.log_history) if "seconds" in e), 0.0)
+        self.seconds = next((e["seconds"] for e in reversed(state.log_history) if "seconds" in e), self.seconds)
         self._started = clock()
 
     def on_log(self, args, state, control, **kwargs):
-        state.log_history[-1]["seconds"] = self.seconds + clock() - self._started
+        self._logged = clock()
+        state.log_history[-1]["seconds"] = self.seconds + self._logged - self._started
+
+    def on_save(self, args, state, control, **kwargs):
+        self._started += clock() - self._logged
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
@@ -110,8 +116,10 @@ def train(
     set_seed(settings.seed)
     if settings.method == UNTRAINED:
         return _untrained(model, evaluate)
+    started = clock()
     prepared = prepare(model, settings, _first_batches(rows, collator, settings.batch_size))
-    curve = Curve(lambda: _in_eval_mode(evaluate, trainer.model), settings.eval_steps)
+    setup_seconds = clock() - started
+    curve = Curve(lambda: _in_eval_mode(evaluate, trainer.model), settings.eval_steps, setup_seconds)
     arguments = {
         "output_dir": folder,
         "max_steps": settings.steps,
@@ -150,6 +158,7 @@ def train(
         "effective_rank": _mean_rank(prepared),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
+        "setup_seconds": setup_seconds,
         "train_seconds": curve.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         **_points(trainer.state.log_history),
@@ -210,13 +219,14 @@ def add_arguments(parser) -> None:
     for field in fields(Training):
         name = "--" + field.name.replace("_", "-")
         if field.type == "bool":
-            parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false")
+            parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false", help="an ablation")
         elif field.name == "model":
             parser.add_argument(name, required=True, help="local folder or hub id")
         elif field.name == "r":  # torchrun takes --r for an option of its own, cut short
-            parser.add_argument("--rank", "--r", dest="r", type=int, default=field.default)
+            parser.add_argument("--rank", "--r", dest="r", type=int, default=field.default, help="r; %(default)s")
         else:
-            parser.add_argument(name, type=kinds[field.type], default=field.default)
+            kind, among = kinds[field.type], CHOICES.get(field.name)
+            parser.add_argument(name, type=kind, default=field.default, choices=among, help="default: %(default)s")
 
 
 def _number_or_word(text: str) -> float | str:

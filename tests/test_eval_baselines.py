@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers_eval import base_model, collate, plain_model, rows, run, settings
@@ -141,13 +142,29 @@ def test_lora_ga_starts_along_the_gradient():
 
 
 def test_eva_starts_along_the_activations():
-    """A's rows are orthonormal and in the span of the layer's inputs' leading right-singular vectors."""
-    model = prepared("llama", "eva").model
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    assert sum(layer.r["default"] for layer in layers) <= 2 * len(target_shapes("llama"))
-    for layer in layers:
+    """A's rows are orthonormal, and hold nearly as much of the layer's inputs at the labels as its SVD could."""
+    model, base = prepared("llama", "eva").model, plain_model("llama").eval()
+    layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer)}
+    assert sum(layer.r["default"] for layer in layers.values()) <= 2 * len(target_shapes("llama"))
+    inputs = {name: [] for name in layers}
+    for start in range(0, 16, 4):
+        batch = collate(rows(False)[start : start + 4])
+        hooks = [
+            base.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name, mask=batch["labels"] != -100: inputs[name].append(args[0][mask])
+            )
+            for name in layers
+        ]
+        with torch.no_grad():
+            base(**batch)
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
         A = layer.lora_A["default"].weight.detach()
         torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=1e-4, atol=1e-4)
+        X = torch.cat(inputs[name]).numpy()
+        most = (np.linalg.svd(X, compute_uv=False)[: len(A)] ** 2).sum()
+        assert np.square(X @ A.numpy().T).sum() > 0.9 * most, name  # of what any orthonormal rows can hold
 
 
 class Interrupted(Exception):

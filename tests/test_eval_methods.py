@@ -285,6 +285,16 @@ def test_table_is_of_the_results(tmp_path):
     assert all(len(row) == len(cells[0]) for row in cells)
 
 
+RESULTS = Path(methods.__file__).parent / "results" / "methods"
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda path: path.name)
+def test_published_tables_are_those_of_their_runs(folder):
+    assert (folder / "methods.md").read_text() == report.markdown(str(folder), list(methods.MODULE_OF))
+    results = [result for runs in report.read(str(folder)).values() for result in runs]
+    assert all(result["status"] == "finished" and result.get("reload", "equal") == "equal" for result in results)
+
+
 def test_pareto_front_is_of_points_that_none_beats():
     rng = np.random.default_rng(0)
     for _ in range(20):

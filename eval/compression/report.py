@@ -20,14 +20,23 @@ COLUMNS = ("parameters, M", "non-zeros, M", "MB on disk", "memory, MB", "latency
 
 def write_report(folder: str, order: Sequence[str]) -> None:
     """Write methods.md and methods.png from the results in `folder`, rows in `order`."""
-    results = read(folder)
-    rows = [summary(name, results[name]) for name in order if name in results]
+    rows = summaries(folder, order)
     if not rows:
         return
-    replace_file(os.path.join(folder, "methods.md"), f"{caption(results)}\n\n{table(rows)}")
+    replace_file(os.path.join(folder, "methods.md"), markdown(folder, order))
     measured = [row for row in rows if "quality" in row]
     if measured:
         plot(os.path.join(folder, "methods.png"), measured)
+
+
+def summaries(folder: str, order: Sequence[str]) -> list[dict]:
+    results = read(folder)
+    return [summary(name, results[name]) for name in order if name in results]
+
+
+def markdown(folder: str, order: Sequence[str]) -> str:
+    """Caption and table of the results in `folder`."""
+    return f"{caption(read(folder))}\n\n{table(summaries(folder, order))}"
 
 
 def read(folder: str) -> dict[str, list[dict]]:
@@ -63,8 +72,8 @@ def summary(name: str, results: Sequence[dict]) -> dict:
             return about | {"reason": reason}
     metric = results[0]["metric"]
     qualities = [result["metrics"][metric] for result in results]
-    means = {
-        key: statistics.mean(result[key] for result in results)
+    medians = {
+        key: statistics.median(result[key] for result in results)
         for key in (
             "parameters",
             "nonzeros",
@@ -77,7 +86,7 @@ def summary(name: str, results: Sequence[dict]) -> dict:
     }
     return (
         about
-        | means
+        | medians
         | {
             "metric": metric,
             "quality": statistics.mean(qualities),

@@ -31,7 +31,7 @@ from peft_scalora.files import replace_file
 
 ADAPTERS = {"lora": LoraConfig, "scalora": ScaLoRAConfig}
 SETTINGS = ("steps", "inner_steps", "batch_size", "max_length", "eval_rows", "seed")
-RATES = {"adamw": (5e-4, 1e-3), "gn": (1e-3, 3e-3)}
+RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "gn": (1e-3, 3e-3, 1e-2)}
 
 
 def encoded(path: str, tokenizer, arguments: argparse.Namespace, rows: int):

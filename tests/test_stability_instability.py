@@ -132,12 +132,13 @@ def trainer_state(folder, losses, every=1):
     log = [{"step": every * (i + 1), "loss": float(loss)} for i, loss in enumerate(losses)]
     log += [{"step": len(losses), "eval_loss": 1e9}]
     with open(folder / "trainer_state.json", "w") as file:
-        json.dump({"log_history": log}, file)
+        json.dump({"log_history": log, "global_step": int(folder.name.rpartition("-")[2])}, file)
 
 
 def test_logged_runs_are_read(tmp_path):
     trainer_state(tmp_path / "checkpoint-300", bump(150, 12, 3.0), every=10)
     trainer_state(tmp_path / "checkpoint-20", healthy()[:20])
+    (tmp_path / "checkpoint-400").mkdir()  # of a run that was killed while it saved
     for source in (tmp_path, str(tmp_path / "checkpoint-300"), tmp_path / "checkpoint-300" / "trainer_state.json"):
         (event,) = detect_instability(source).events
         assert (event.kind, event.start) == ("spike", 1510)

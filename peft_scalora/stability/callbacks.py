@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..files import replace_file
+from ..gauss_newton import GaussNewton
 from ..plots import require_matplotlib
 from .gradients import PercentileThreshold, clip, clipping_advice, gradient_norms, read_norms
 from .instability import Event, InstabilityReport, LossMonitor
@@ -159,7 +160,8 @@ class StabilityMonitor:
             self.add_loss(loss, step)
 
     def _take(self, step: int, norm: float, threshold: float | None, groups: dict[str, float]) -> None:
-        if self._threshold.adapted or self.config.percentile is None:
+        counts = norm != 0  # a step without a gradient, as those of Gauss-Newton's line search, says nothing of a norm
+        if counts and (self._threshold.adapted or self.config.percentile is None):
             self._judged.append(_exceeds(norm, threshold))
         for name in groups.keys() - self.group_norms.keys():
             self.group_norms[name] = [math.nan] * len(self.norms)
@@ -168,7 +170,8 @@ class StabilityMonitor:
         self.steps.append(step)
         self.norms.append(norm)
         self.thresholds.append(threshold)
-        self._threshold.add(norm)
+        if counts:
+            self._threshold.add(norm)
 
 
 def _exceeds(norm: float, threshold: float | None) -> bool:
@@ -218,7 +221,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
             saved = saved[0] if isinstance(saved, list) else saved
             self.monitor.load_state_dict(saved["attributes"]["history"])
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        _refuse_conjugate_gradients(optimizer)
         self.monitor.clip(model, state.global_step + 1)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -259,3 +263,12 @@ def _refuse_hidden_gradients(args) -> None:
         )
     if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
         raise ValueError("StabilityCallback needs FSDP 2: set version=2 in fsdp_config.")
+
+
+def _refuse_conjugate_gradients(optimizer) -> None:
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if isinstance(optimizer, GaussNewton) and optimizer.config.inner_optimizer == "cg":
+        raise ValueError(
+            "StabilityCallback clips gradients, and inner_optimizer='cg' solves for the unclipped ones: remove it, or "
+            "use inner_optimizer='muon' or 'adamw'."
+        )

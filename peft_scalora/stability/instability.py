@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from statistics import median
 
+from ..checkpoints import STATE_NAME, last_complete_checkpoint
+
 LEVEL_WINDOW = 5  # losses whose median is the current level: a rise has to hold for three of them
 BEST_WINDOW = 20  # losses whose median counts as a level the run has reached
 NOISE_WINDOW = 50  # changes from loss to loss that the noise is measured on, and
@@ -225,10 +227,8 @@ def read_losses(path: str | os.PathLike) -> tuple[list[int], list[float]]:
 
 
 def _newest_state(folder: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    for candidate in (folder, get_last_checkpoint(folder)):
-        path = candidate and os.path.join(candidate, "trainer_state.json")
+    for candidate in (folder, last_complete_checkpoint(folder)):
+        path = candidate and os.path.join(candidate, STATE_NAME)
         if path and os.path.exists(path):
             return path
-    raise FileNotFoundError(f"{folder!r} has no trainer_state.json, nor a checkpoint that has one.")
+    raise FileNotFoundError(f"{folder!r} has no trainer_state.json, nor a complete checkpoint.")

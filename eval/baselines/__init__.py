@@ -1,0 +1,45 @@
+"""Every method that can be trained by `--method NAME`, made ready from a plain model.
+
+A method is a function (model, settings, batches) -> Prepared; `METHODS` is the one list of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import peft_methods
+from .full import full, galore
+from .mora import mora
+from .relora import relora
+from .shared import Prepared
+
+METHODS: dict[str, Callable] = {
+    "full": full,
+    "galore": galore,
+    "lora": peft_methods.lora,
+    "lora-4r": peft_methods.lora_4r,
+    "rslora": peft_methods.rslora,
+    "dora": peft_methods.dora,
+    "pissa": peft_methods.pissa,
+    "lora-ga": peft_methods.lora_ga,
+    "eva": peft_methods.eva,
+    "relora": relora,
+    "mora": mora,
+    "hira": peft_methods.hira,
+    "randlora": peft_methods.randlora,
+    "fourierft": peft_methods.fourierft,
+    "scalora": peft_methods.scalora,
+    "qlora": peft_methods.qlora,
+    "qscalora": peft_methods.qscalora,
+}
+
+
+def prepare(model: torch.nn.Module, settings, batches: Sequence[dict]) -> Prepared:
+    """`model` made ready to be trained by `settings.method`; `batches` are a few of its data, for data-driven inits.
+
+    Raises:
+        ValueError: the method does not fit the model.
+    """
+    return METHODS[settings.method](model, settings, batches)

@@ -1,0 +1,164 @@
+"""GLUE: one task, one method, one seed, one JSON.
+
+    python eval/glue.py --model MINILM --task cola --method scalora --learning-rate 1e-3 --output runs/cola.json
+
+Data come from the hub (nyu-mll/glue), or with --data-dir from `glue/TASK/{train,validation}.jsonl.gz` below a folder.
+The curve is of `dev` rows taken out of the training rows; the metrics are of the validation rows, scored once, at the
+end. `accelerate launch` spreads training and scoring. A run that was interrupted continues; one that is finished is not
+repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from glue_metric.scores import scores
+from harness.models import quantization_config
+from harness.ranks import over_ranks
+from harness.record import checkpoints, finished, recorded
+from harness.rows import Field, Rows, Source, load, split_dev
+from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+
+
+@dataclass(frozen=True)
+class Task:
+    """The text fields of a task, its number of classes (1: a score), its main metric and its validation file."""
+
+    text: tuple[str, ...]
+    classes: int = 2
+    metric: str = "accuracy"
+    validation: str = "validation"
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        label = Field(float) if self.classes == 1 else Field(int, tuple(range(self.classes)))
+        return {**{name: Field(str) for name in self.text}, "label": label}
+
+
+TASKS = {
+    "cola": Task(("sentence",), metric="matthews"),
+    "sst2": Task(("sentence",)),
+    "mrpc": Task(("sentence1", "sentence2"), metric="f1"),
+    "stsb": Task(("sentence1", "sentence2"), classes=1, metric="pearson"),
+    "qqp": Task(("question1", "question2"), metric="f1"),
+    "mnli": Task(("premise", "hypothesis"), classes=3, validation="validation_matched"),
+    "qnli": Task(("question", "sentence")),
+    "rte": Task(("sentence1", "sentence2")),
+}
+
+
+def load_rows(task: str, split: str, data_dir: str | None) -> Rows:
+    """All rows of a split, "train" or "validation".
+
+    Raises:
+        ValueError: no such task. DataError: names file, row and field.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}.")
+    split = split if split == "train" else TASKS[task].validation
+    source = Source(f"glue/{task}/{split}.jsonl.gz", "nyu-mll/glue", task, split)
+    return load(source, data_dir, TASKS[task].fields)
+
+
+def encode(rows: Rows, task: str, tokenizer, max_length: int) -> list[dict]:
+    """Token ids and label of every row, cut at `max_length`."""
+    texts = [[row[name] for row in rows] for name in TASKS[task].text]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    kind = float if TASKS[task].classes == 1 else int
+    labels = [kind(row["label"]) for row in rows]
+    return [{name: encoded[name][i] for name in encoded} | {"labels": labels[i]} for i in range(len(rows))]
+
+
+def predict(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndarray:
+    """Class of every row, or its score where the model has one output; rows of like length share a batch."""
+
+    def outputs(order: Sequence[int]) -> list[float]:
+        found = []
+        for start in range(0, len(order), batch_size):
+            batch = collator([encoded[i] for i in order[start : start + batch_size]])
+            logits = model(**batch.to(model.device)).logits.float().cpu()
+            found += (logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)).tolist()
+        return found
+
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    values = np.empty(len(encoded))
+    values[order] = over_ranks(outputs, order)
+    return values
+
+
+def score(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The metrics that GLUE reports for the task; a model that predicts one value only has no correlation: 0."""
+    if TASKS[task].classes > 1:
+        predictions = predictions.astype(int)
+    elif np.ptp(predictions) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return scores(task, predictions, references)
+
+
+def load_model(task: str, settings: Training):
+    """Tokenizer and classifier; the head's weights are drawn with the run's seed."""
+    set_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForSequenceClassification.from_pretrained(
+        settings.model,
+        num_labels=TASKS[task].classes,
+        dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings.method, settings.dtype),
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced, and transformers says so
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model
+
+
+def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output: str) -> dict:
+    """Train and score; the run's JSON goes to `output`. `sizes` has train_rows (None: all) and dev_rows."""
+    rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
+    validation = load_rows(task, "validation", data_dir)
+    saved = settings_of(settings, **sizes)
+    found = finished(output, saved)
+    if found is not None:
+        return found
+    with recorded(output, f"glue/{task}", saved) as result:
+        result["metric"] = result["dev_metric"] = TASKS[task].metric
+        result["data"] = {"train": rows.record, "dev": dev.record, "test": validation.record}
+        tokenizer, model = load_model(task, settings)
+        encoded = [encode(part, task, tokenizer, settings.max_length) for part in (rows, dev, validation)]
+        labels = [np.array([row["labels"] for row in part]) for part in encoded]
+        collator = DataCollatorWithPadding(tokenizer)
+
+        def dev_metrics(model) -> dict[str, float]:
+            return score(task, predict(model, encoded[1], collator, 64), labels[1])
+
+        model, figures = train(settings, model, encoded[0], collator, dev_metrics, checkpoints(output))
+        with torch.no_grad():
+            predictions = predict(model.eval(), encoded[2], collator, 64)
+        result |= figures
+        result["metrics"] = score(task, predictions, labels[2])
+        result["predictions"] = predictions.tolist()
+        result["references"] = labels[2].tolist()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser.add_argument("--data-dir", help="folder with glue/TASK/SPLIT.jsonl.gz; the hub unless given")
+    parser.add_argument("--train-rows", type=int, help="use the first so many; all unless given")
+    parser.add_argument("--dev-rows", type=int, default=400, help="taken out of the training rows")
+    parser.add_argument("--output", required=True, help="the run's JSON")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    settings = from_arguments(arguments)
+    sizes = {"train_rows": arguments.train_rows, "dev_rows": arguments.dev_rows}
+    result = run(arguments.task, settings, arguments.data_dir, sizes, arguments.output)
+    print(f"{arguments.task}, {settings.method}: {result['metrics']}")
+
+
+if __name__ == "__main__":
+    main()

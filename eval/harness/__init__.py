@@ -1,0 +1,1 @@
+"""What the evaluation scripts share: rows, training, evaluation over ranks, and one JSON a run."""

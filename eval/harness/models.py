@@ -1,0 +1,38 @@
+"""How the base of a method is loaded."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from .training import DTYPES, Training
+
+IN_4_BIT = ("qlora", "qscalora")
+NOT_QUANTIZED = ["lm_head", "classifier", "score"]  # heads, of which a classifier's is trained
+
+
+def quantization_config(method: str, dtype: str) -> BitsAndBytesConfig | None:
+    """For `from_pretrained`: NF4 with double quantization (arXiv 2305.14314) for the methods on a 4-bit base.
+
+    `dtype` is the name of the type that the weights are computed in.
+    """
+    if method not in IN_4_BIT:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+        llm_int8_skip_modules=NOT_QUANTIZED,
+    )
+
+
+def load_causal_lm(settings: Training):
+    """Tokenizer, with a pad token, and causal language model, in 4 bit for the methods that want it."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings.method, settings.dtype),
+    )
+    return tokenizer, model

@@ -1,0 +1,22 @@
+"""Evaluation spread over the processes of a distributed run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch.distributed as dist
+
+
+def over_ranks(function: Callable[[Sequence], list], items: Sequence) -> list:
+    """`function(items)`, a list with one result an item, where every process computes its share; all get all.
+
+    Results are in the order of the items. Every process has to call it, with the same items.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return function(items)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    per_rank = -(-len(items) // size)
+    shares = [None] * size
+    dist.all_gather_object(shares, function(items[rank * per_rank : (rank + 1) * per_rank]))
+    return list(chain.from_iterable(shares))

@@ -1,0 +1,245 @@
+"""Tables and plots of the runs of a sweep, from its JSONs alone.
+
+    python eval/report.py eval/results/glue/cola --baseline lora
+
+Writes report.md, curves.png (loss and dev metric against step and seconds) and quality.png (metric against trainable
+parameters and memory) into the folder. Runs that failed or are missing are shown as such. For every method: its best
+learning rate by the dev metric; mean ± standard error over seeds; the difference to the baseline over the same seeds
+(paired t-test) and the same rows (bootstrap); the dev metric after as many seconds as the baseline's whole run took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from harness.record import FINISHED
+from harness.statistics import mean_and_error, paired_rows, paired_seeds
+from harness.training import UNTRAINED
+from sweep import PLAN_NAME, best_rate, dev_value, read
+
+from peft_scalora.files import replace_file
+from peft_scalora.plots import finish_panel, panels, save_png
+
+HEADER = [
+    "",
+    "learning rate (tried)",
+    "seeds",
+    "trainable",
+    "rank",
+    "{metric}",
+    "over {baseline} (p; 95% of rows)",
+    "dev {dev} at {baseline}'s steps",
+    "and seconds",
+    "s a step",
+    "MiB",
+]
+
+
+@dataclass
+class Method:
+    """All runs of one method, in a sweep."""
+
+    name: str
+    runs: list[dict]
+
+    @property
+    def failed(self) -> list[dict]:
+        return [run for run in self.runs if run["status"] != FINISHED]
+
+    @property
+    def rates(self) -> dict[float, float]:
+        """Learning rate -> dev value, of the first seed."""
+        first = [run for run in self.runs if run["settings"]["seed"] == 0]
+        return {run["settings"]["learning_rate"]: dev_value(run) for run in first}
+
+    @property
+    def best(self) -> list[dict]:
+        """The finished runs at the best rate, by seed."""
+        rate = best_rate(self.rates)
+        found = [r for r in self.runs if r["status"] == FINISHED and r["settings"]["learning_rate"] == rate]
+        return sorted(found, key=lambda run: run["settings"]["seed"])
+
+    @property
+    def at_edge(self) -> bool:
+        rates = sorted(self.rates)
+        return self.name != UNTRAINED and (len(rates) < 3 or best_rate(self.rates) in (rates[0], rates[-1]))
+
+
+def load_sweep(folder: str) -> tuple[dict[str, Method], dict]:
+    """The methods of a sweep, in the order of its plan, and the plan; a method without a run has none."""
+    plan = read(os.path.join(folder, PLAN_NAME))
+    methods = {}
+    for name in plan["methods"]:
+        paths = glob.glob(os.path.join(folder, f"{glob.escape(name.replace(',', '-'))}-lr*-seed*.json"))
+        methods[name] = Method(name, [read(path) for path in sorted(paths)])
+    return methods, plan
+
+
+def scorer(run: dict) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The run's main metric of some of its rows: (predictions, row numbers) -> value."""
+    family, _, task = run["task"].partition("/")
+    if family != "glue":
+        return lambda predictions, rows: float(predictions.mean())
+    from glue import score
+
+    references = np.array(run["references"])
+
+    def of_rows(predictions, rows):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a resample with one class only
+            return score(task, predictions, references[rows])[run["metric"]]
+
+    return of_rows
+
+
+def final(run: dict) -> float:
+    return run["metrics"][run["metric"]]
+
+
+def dev_at(run: dict, seconds: float) -> float | None:
+    """The dev metric at the last point of the curve within so many seconds; None if there is no such point."""
+    reached = [point for point in run["curve"] if point["seconds"] <= seconds]
+    return reached[-1][run["dev_metric"]] if reached else None
+
+
+def mean_of(values: list[float | None], digits: int = 3) -> str:
+    if not values or None in values:
+        return "none yet"
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def difference(method: Method, baseline: Method) -> str:
+    """Difference to the baseline over the seeds both have."""
+    mine, theirs = ({run["settings"]["seed"]: run for run in m.best} for m in (method, baseline))
+    seeds = sorted(set(mine) & set(theirs))
+    if method is baseline or not seeds:
+        return ""
+    value, p = paired_seeds([final(theirs[s]) for s in seeds], [final(mine[s]) for s in seeds])
+    first, second = (np.array([runs[s]["predictions"] for s in seeds]) for runs in (theirs, mine))
+    low, high = paired_rows(first, second, scorer(mine[seeds[0]]))
+    chance = "" if p is None else f"p = {p:.2f}; "
+    return f"{value:+.3f} ({chance}{low:+.3f} to {high:+.3f})"
+
+
+def row(method: Method, baseline: Method, seeds: int) -> list[str]:
+    """The cells of one method."""
+    if not method.runs:
+        return [method.name, "not run"] + [""] * (len(HEADER) - 2)
+    if not method.best:
+        return [method.name, f"all failed: {method.failed[0]['error']}"] + [""] * (len(HEADER) - 2)
+    best = method.best
+    tried = ", ".join(f"{rate:g}" for rate in sorted(method.rates)) + (", best at an end" if method.at_edge else "")
+    failed = f", {len(method.failed)} failed" if method.failed else ""
+    budget = statistics.fmean(run["train_seconds"] for run in baseline.best) if baseline.best else 0.0
+    rank = best[0]["effective_rank"]
+    steps = [run["train_seconds"] / max(1, run["steps"]) for run in best]
+    return [
+        method.name,
+        "" if method.name == UNTRAINED else f"{best[0]['settings']['learning_rate']:g} ({tried})",
+        f"{len(best)} of {1 if method.name == UNTRAINED else seeds}{failed}",
+        f"{best[0]['trainable_parameters']:,}",
+        "" if rank is None else f"{statistics.fmean(run['effective_rank'] for run in best):.1f}",
+        mean_of([final(run) for run in best]),
+        difference(method, baseline),
+        mean_of([run["curve"][-1][run["dev_metric"]] for run in best]),
+        mean_of([dev_at(run, 1.001 * budget) for run in best]),
+        f"{statistics.median(steps):.3f}",
+        f"{statistics.median(run['peak_memory_bytes'] for run in best) / 2**20:.0f}",
+    ]
+
+
+def table(folder: str, baseline: str) -> str:
+    """The Markdown table of a sweep."""
+    methods, plan = load_sweep(folder)
+    if baseline not in methods:
+        raise ValueError(f"baseline={baseline!r} is not in the sweep: {', '.join(methods)}.")
+    some = next((run for method in methods.values() for run in method.best), None)
+    if some is None:
+        raise ValueError(f"{folder} has no finished run.")
+    names = {"metric": some["metric"], "dev": some["dev_metric"], "baseline": baseline}
+    lines = ["| " + " | ".join(cell.format(**names) for cell in HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for method in methods.values():
+        lines.append("| " + " | ".join(row(method, methods[baseline], plan["seeds"])) + " |")
+    return "\n".join(lines)
+
+
+def smooth(values: list[float], width: int = 10) -> list[float]:
+    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def plot_curves(methods: dict[str, Method], path: str) -> None:
+    """Training loss and dev metric, means over seeds, against step and against seconds."""
+    figure, axes = panels(4)
+    for method in methods.values():
+        if not method.runs or not method.best:
+            continue
+        if method.name == UNTRAINED:
+            continue
+        columns = [list(zip(*seed)) for seed in zip(*(run["losses"] for run in method.best))]
+        steps, seconds, losses = zip(*([statistics.fmean(c) for c in point] for point in columns))
+        axes[0][0].plot(steps, smooth(losses), label=method.name, linewidth=1.2)
+        axes[0][1].plot(seconds, smooth(losses), label=method.name, linewidth=1.2)
+        name = method.best[0]["dev_metric"]
+        points = [
+            [statistics.fmean(point[key] for point in at) for key in ("step", "seconds", name)]
+            for at in zip(*(run["curve"] for run in method.best))
+        ]
+        steps, seconds, values = zip(*points)
+        axes[0][2].plot(steps, values, label=method.name, linewidth=1.2)
+        axes[0][3].plot(seconds, values, label=method.name, linewidth=1.2)
+    for axis, (title, x, y) in zip(
+        axes[0],
+        [
+            ("Training loss, mean of 10 steps", "optimizer step", "loss"),
+            ("The same", "seconds of training", "loss"),
+            ("Dev rows", "optimizer step", name),
+            ("The same", "seconds of training", name),
+        ],
+    ):
+        finish_panel(axis, title, x, y)
+    save_png(figure, path)
+
+
+def plot_quality(methods: dict[str, Method], path: str) -> None:
+    """The metric with its error against trainable parameters and against memory."""
+    figure, axes = panels(2)
+    for method in methods.values():
+        if not method.runs or not method.best:
+            continue
+        mean, error = mean_and_error([final(run) for run in method.best])
+        memory = statistics.median(run["peak_memory_bytes"] for run in method.best) / 2**20
+        for axis, x in zip(axes[0], (method.best[0]["trainable_parameters"], memory)):
+            axis.errorbar(x, mean, yerr=error, fmt="o", capsize=3, label=method.name)
+        metric = method.best[0]["metric"]
+    axes[0][0].set_xscale("log")
+    finish_panel(axes[0][0], "Quality and size", "trainable parameters", metric)
+    finish_panel(axes[0][1], "Quality and memory", "peak memory, MiB", metric)
+    save_png(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--baseline", default="lora")
+    parser.add_argument("--no-plots", action="store_true")
+    arguments = parser.parse_args()
+    for folder in arguments.folders:
+        text = table(folder, arguments.baseline)
+        replace_file(os.path.join(folder, "report.md"), text + "\n")
+        print(text)
+        if not arguments.no_plots:
+            methods, _ = load_sweep(folder)
+            plot_curves(methods, os.path.join(folder, "curves.png"))
+            plot_quality(methods, os.path.join(folder, "quality.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -276,6 +276,9 @@ def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eva
         compute_metrics=classification_metrics if classification else None,
         callbacks=[_StopOnNonFiniteLoss()],
     )
+    if classification:
+        # Its loss is a mean over the batch: Trainer would take it for one over all batches of a step, and add them up.
+        trainer.model_accepts_loss_kwargs = False
     trainer.add_callback(ScaLoRACallback(trainer))  # the rank of a LoRA adapter is worth seeing too
     return trainer
 

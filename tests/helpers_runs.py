@@ -13,6 +13,7 @@ from transformers import (
 )
 
 WORDS = ["red", "blue", "cat", "dog", "sat", "ran", "the", "a", "on", "mat", "very", "not"]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
 
 
@@ -25,10 +26,16 @@ def save_tokenizer(folder):
     ).save_pretrained(folder)
 
 
-def save_classifier(folder) -> str:
+def save_classifier(folder, **overrides) -> str:
     set_seed(0)
     config = BertConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=2,
+        **overrides,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     save_tokenizer(folder)

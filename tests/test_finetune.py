@@ -1,10 +1,11 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers_runs import classification_rows, save_classifier, save_language_model, sentences, write_rows
+from helpers_runs import NO_DROPOUT, classification_rows, save_classifier, save_language_model, sentences, write_rows
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from scipy.stats import pearsonr
@@ -48,6 +49,19 @@ def test_a_run_writes_adapter_metrics_plots_and_card(tmp_path, task):
     assert saved["steps"] == metrics["steps"] == 12 and np.isfinite(saved["eval_loss"])
     assert saved["settings"]["learning_rate"] == 1e-2 and saved["effective_rank"] > 0
     assert saved["checkpoint_bytes"] == (tmp_path / "run" / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_accumulated_batches_are_one_large_batch(tmp_path, task):
+    one = settings(tmp_path, task, batch_size=8)
+    if task == "classification":
+        save_classifier(one.model, **NO_DROPOUT)
+    two = replace(one, batch_size=4, gradient_accumulation_steps=2, output=str(tmp_path / "parts"))
+    whole, parts = finetune(one), finetune(two)
+    losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (whole, parts)]
+    norms = [[entry["grad_norm"] for entry in run["log"] if "grad_norm" in entry] for run in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
 
 
 def test_an_interrupted_run_continues_to_the_same_end(tmp_path):

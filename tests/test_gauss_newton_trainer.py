@@ -1,6 +1,8 @@
 """Gauss-Newton under an unmodified Trainer and SFTTrainer."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -309,3 +311,17 @@ def test_models_without_a_known_loss_are_refused():
 
     with pytest.raises(ValueError, match="loss of Linear is not known as a function of its logits: pass"):
         task_loss(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("inner_optimizer", ["muon", "cg"])
+def test_a_trainer_that_is_gone_leaves_no_memory_behind(tmp_path, inner_optimizer):
+    config = {"inner_optimizer": inner_optimizer}
+    trainer = make_trainer(tmp_path, config, max_grad_norm=0.0)
+    outputs = []
+    trainer.model.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output.logits)))
+    trainer.train()
+    model = weakref.ref(trainer.model)
+    assert len(outputs) >= 15
+    del trainer
+    gc.collect()
+    assert model() is None and not any(output() is not None for output in outputs)

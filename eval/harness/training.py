@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from accelerate import PartialState
 from baselines import METHODS, Prepared, prepare
+from baselines.shared import task_type
+from peft import TaskType
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -137,6 +139,9 @@ def train(
         callbacks=[curve, *prepared.callbacks],
         optimizer_cls_and_kwargs=prepared.optimizer,
     )
+    if task_type(prepared.model) == TaskType.SEQ_CLS:
+        # Its loss is a mean over the batch: Trainer would take it for one over all batches of a step, and add them up.
+        trainer.model_accepts_loss_kwargs = False
     curve.trainer = trainer
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     figures = {
@@ -207,6 +212,8 @@ def add_arguments(parser) -> None:
             parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false")
         elif field.name == "model":
             parser.add_argument(name, required=True, help="local folder or hub id")
+        elif field.name == "r":  # torchrun takes --r for an option of its own, cut short
+            parser.add_argument("--rank", "--r", dest="r", type=int, default=field.default)
         else:
             parser.add_argument(name, type=kinds[field.type], default=field.default)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -102,7 +102,7 @@ class GaussNewton(torch.optim.Optimizer):
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
             loss: maps the outputs to a scalar that is convex in them.
         """
-        batch = _Batch(forward, loss)
+        batch = _Batch(forward, loss, _Weight())
         if self.in_line_search:
             batch.losses = self._losses_by_step_size(forward, loss)
             value = batch.losses.nan_to_num(math.inf).min()
@@ -112,7 +112,7 @@ class GaussNewton(torch.optim.Optimizer):
             value, gradients = self._value_and_gradients(forward, loss)
         if self.in_line_search or self.config.inner_optimizer == "cg":
             self._batches.append(batch)
-        return _KnownGradients.apply(value, batch, *self._params.values(), *gradients.values())
+        return _KnownGradients.apply(value, batch.weight, *self._params.values(), *gradients.values())
 
     def _value_and_gradients(self, forward: Forward, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.config.layerwise:
@@ -195,7 +195,7 @@ class GaussNewton(torch.optim.Optimizer):
                 with self.unchanged_randomness():
                     part = ggn_product(batch.forward, batch.loss, self._params, vector)
                 for name in total:
-                    total[name].add_(batch.weight * part[name])
+                    total[name].add_(batch.weight.value * part[name])
             return {
                 name: _mean_over_ranks(t).add(vector[name], alpha=self.config.anchor_l2) for name, t in total.items()
             }
@@ -212,7 +212,7 @@ class GaussNewton(torch.optim.Optimizer):
         if not self._batches:
             raise RuntimeError("GaussNewton.step needs losses: call optimizer.loss(...).backward() before it.")
         progress = self.progress
-        losses = _mean_over_ranks(sum(batch.weight * batch.losses for batch in self._batches)).tolist()
+        losses = _mean_over_ranks(sum(batch.weight.value * batch.losses for batch in self._batches)).tolist()
         progress["losses"] = [total + loss for total, loss in zip(progress["losses"], losses)]
         progress["position"] += 1
         self._batches.clear()
@@ -312,26 +312,34 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _Batch:
-    """A micro-batch of the step in progress: its functions, its losses by step size in a line search, and the weight of
-    its loss, which `backward` tells."""
+class _Weight:
+    """The weight of a micro-batch's loss, which `backward` tells."""
 
-    def __init__(self, forward: Forward, loss: Loss):
-        self.forward, self.loss = forward, loss
-        self.weight: float | Tensor = 1.0
-        self.losses: Tensor | None = None
+    value: float | Tensor = 1.0
+
+
+@dataclass
+class _Batch:
+    """A micro-batch of the step in progress: its functions, its weight, its losses by step size in a line search."""
+
+    forward: Forward
+    loss: Loss
+    weight: _Weight
+    losses: Tensor | None = None
 
 
 class _KnownGradients(torch.autograd.Function):
     """A scalar whose gradients with respect to the parameters have been computed already."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, batch: _Batch, *params_and_gradients: Tensor) -> Tensor:
-        ctx.batch, ctx.params = batch, len(params_and_gradients) // 2
+    def forward(ctx, value: Tensor, weight: _Weight, *params_and_gradients: Tensor) -> Tensor:
+        # Of the batch no more than its weight: `forward` may hold outputs that hold this value, and no collector sees
+        # a cycle that goes through the graph.
+        ctx.weight, ctx.params = weight, len(params_and_gradients) // 2
         ctx.save_for_backward(*params_and_gradients[ctx.params :])
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        ctx.batch.weight = upstream.detach()
+        ctx.weight.value = upstream.detach()
         return None, None, *(upstream * g for g in ctx.saved_tensors), *[None] * ctx.params

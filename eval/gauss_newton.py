@@ -49,7 +49,7 @@ RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "muon": (2e-2, 3e-2, 6e-2, 1e-1),
     "soap": (5e-3, 1e-2, 2e-2),
-    **dict.fromkeys(GAUSS_NEWTON, (3e-3, 5e-3, 8e-3)),
+    **dict.fromkeys(GAUSS_NEWTON, (3e-3, 5e-3, 8e-3, 1.2e-2)),
 }
 
 
@@ -226,7 +226,7 @@ def merit(result: dict) -> tuple[float, float]:
 
 
 def study(arguments: argparse.Namespace) -> None:
-    """The grid on the first seed, the best rate on the others, then other batch sizes at that rate."""
+    """The grid on the first seed, the best rate on the others, then the grid at other batch sizes."""
     base = Setting("", 0.0, target=arguments.target, max_steps=arguments.max_steps)
     for method in arguments.methods:
         limit = arguments.max_steps if method in BASELINES else arguments.max_steps // 3
@@ -240,8 +240,9 @@ def study(arguments: argparse.Namespace) -> None:
             cached_run(replace(setting, learning_rate=best, seed=seed), arguments)
         for inner_steps in arguments.batch_sizes:
             if method in ("muon", "gn"):
-                more = replace(setting, learning_rate=best, inner_steps=inner_steps, max_steps=4 * arguments.max_steps)
-                cached_run(more, arguments)
+                more = replace(setting, inner_steps=inner_steps, max_steps=4 * arguments.max_steps)
+                for rate in rates:  # every batch size needs its own
+                    cached_run(replace(more, learning_rate=rate), arguments)
 
 
 def load_runs(folder: str) -> list[dict]:

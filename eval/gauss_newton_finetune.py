@@ -9,6 +9,7 @@ already are not repeated. The best learning rate of each is in the table.
 from __future__ import annotations
 
 import argparse
+import gc
 import glob
 import json
 import os
@@ -30,7 +31,7 @@ from peft_scalora.files import replace_file
 
 ADAPTERS = {"lora": LoraConfig, "scalora": ScaLoRAConfig}
 SETTINGS = ("steps", "inner_steps", "batch_size", "max_length", "eval_rows", "seed")
-RATES = {"adamw": (5e-4, 1e-3), "gn": (1e-3, 3e-3)}
+RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "gn": (1e-3, 3e-3, 1e-2)}
 
 
 def encoded(path: str, tokenizer, arguments: argparse.Namespace, rows: int):
@@ -122,6 +123,7 @@ def main() -> None:
                 path = os.path.join(arguments.output, f"{adapter}-{method}-{rate:g}.json")
                 if not os.path.exists(path):
                     replace_file(path, json.dumps(run(arguments, adapter, method, rate), indent=1))
+                    gc.collect()  # a Trainer and its model are freed by the collector only
     replace_file(os.path.join(arguments.output, "finetune.md"), table(arguments.output) + "\n")
     print(table(arguments.output))
 

@@ -193,3 +193,11 @@ def test_published_tables_are_those_of_their_runs(folder):
 def test_no_published_method_is_best_at_an_end_of_its_grid(folder):
     methods, _ = report.load_sweep(str(folder))
     assert not [method.name for method in methods.values() if method.best and method.at_edge]
+
+
+def test_the_summary_in_the_readme_is_that_of_all_sweeps():
+    folders = [*sorted(RESULTS.glob("glue/*")), RESULTS / "commonsense"]
+    assert sorted(folders) == SWEEPS
+    table = report.summary([str(folder) for folder in folders])
+    assert (RESULTS / "summary.md").read_text() == table + "\n"
+    assert table in (RESULTS.parents[1] / "README.md").read_text()

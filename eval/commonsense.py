@@ -11,7 +11,6 @@ training rows; the metrics are of the test rows, scored once, at the end. A run 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from harness.generate import generate
 from harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
 from harness.models import load_causal_lm
 from harness.ranks import over_ranks
-from harness.record import checkpoints, finished, is_main_process, recorded
+from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
 from harness.training import Training, add_arguments, from_arguments, settings_of, train
 from transformers import DataCollatorForSeq2Seq
@@ -286,7 +285,7 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
         result |= figures
         # What an interrupted run has scored counts if it was of exactly this model: one with these dev metrics.
         last = {name: value for name, value in figures["curve"][-1].items() if name != "seconds"}
-        folder = os.path.join(folder, f"scored-{hashlib.sha256(json.dumps(last).encode()).hexdigest()[:16]}")
+        folder = os.path.join(folder, f"scored-{short_hash(last)}")
         with torch.no_grad():
             by_task = score_tasks(
                 model.eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder

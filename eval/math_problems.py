@@ -15,7 +15,6 @@ launch` spreads training, scoring and generation. --check-answers reads the data
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -29,7 +28,7 @@ from harness.likelihood import check_length
 from harness.loss import answer_loss
 from harness.models import load_causal_lm
 from harness.prompts import encode_all
-from harness.record import checkpoints, finished, is_main_process, recorded
+from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
 from harness.training import Training, add_arguments, from_arguments, settings_of, train
 from tqdm.auto import tqdm
@@ -200,7 +199,7 @@ def score(model, tokenizer, tests: dict[str, Rows], evaluation: Evaluation, fold
         return scored, {}
     problems = list(chain.from_iterable(tests.values()))
     # Texts of an interrupted run count if they are of exactly this model: one with these losses.
-    same = hashlib.sha256(json.dumps([row["loss"] for row in scored]).encode()).hexdigest()[:16]
+    same = short_hash([row["loss"] for row in scored])
     texts = generate(
         model,
         tokenizer,

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from harness.record import FINISHED
+from harness.record import FINISHED, read
 from harness.statistics import mean_and_error, paired_rows, paired_seeds
 from harness.training import UNTRAINED
-from sweep import PLAN_NAME, best_rate, dev_value, read
+from sweep import PLAN_NAME, best_rate, dev_value
 
 from peft_scalora.files import replace_file
 from peft_scalora.plots import finish_panel, panels, save_png

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import optuna
-from harness.record import FAILED, FINISHED, to_json
+from harness.record import FAILED, FINISHED, read, to_json
 from harness.training import UNTRAINED
 from tqdm import tqdm
 
@@ -70,11 +70,6 @@ def option(item: str) -> list[str]:
     name, _, value = item.partition("=")
     name = name.replace("_", "-")
     return [f"--no-{name}"] if value == "False" else [f"--{name}", value]
-
-
-def read(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def dev_value(result: dict) -> float:

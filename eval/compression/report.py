@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 import math
 import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from harness.record import FINISHED
+from harness.record import FINISHED, read
 
 from peft_scalora.files import replace_file
 from peft_scalora.plots import finish_panel, require_matplotlib, save_png
@@ -20,31 +19,31 @@ COLUMNS = ("parameters, M", "non-zeros, M", "MB on disk", "memory, MB", "latency
 
 def write_report(folder: str, order: Sequence[str]) -> None:
     """Write methods.md and methods.png from the results in `folder`, rows in `order`."""
-    rows = summaries(folder, order)
+    results = read_all(folder)
+    rows = summaries(results, order)
     if not rows:
         return
-    replace_file(os.path.join(folder, "methods.md"), markdown(folder, order))
+    replace_file(os.path.join(folder, "methods.md"), markdown(results, rows))
     measured = [row for row in rows if "quality" in row]
     if measured:
         plot(os.path.join(folder, "methods.png"), measured)
 
 
-def summaries(folder: str, order: Sequence[str]) -> list[dict]:
-    results = read(folder)
+def summaries(results: dict[str, list[dict]], order: Sequence[str]) -> list[dict]:
+    """What the table has of every row, in `order`."""
     return [summary(name, results[name]) for name in order if name in results]
 
 
-def markdown(folder: str, order: Sequence[str]) -> str:
-    """Caption and table of the results in `folder`."""
-    return f"{caption(read(folder))}\n\n{table(summaries(folder, order))}"
+def markdown(results: dict[str, list[dict]], rows: Sequence[dict]) -> str:
+    """Caption and table."""
+    return f"{caption(results)}\n\n{table(rows)}"
 
 
-def read(folder: str) -> dict[str, list[dict]]:
+def read_all(folder: str) -> dict[str, list[dict]]:
     """Results by row."""
     found = defaultdict(list)
     for path in sorted(glob.glob(os.path.join(folder, "*-seed*.json"))):
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
+        result = read(path)
         found[result["settings"]["row"]].append(result)
     return found
 

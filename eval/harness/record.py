@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -67,8 +68,7 @@ def finished(path: str, task: str, settings: dict, data: dict) -> dict | None:
     """
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        result = json.load(file)
+    result = read(path)
     if result["status"] != FINISHED:
         return None
     changed = _changed(result, task, settings, data)
@@ -111,6 +111,17 @@ def recorded(path: str, task: str, settings: dict, data: dict) -> Iterator[dict]
                 shutil.rmtree(folder)
 
 
+def read(path: str) -> dict:
+    """A run's JSON."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def short_hash(value) -> str:
+    """16 hex digits that tell one JSON value from another."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def to_json(result: dict) -> str:
     """One field a line: long lists stay on theirs."""
     fields = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
@@ -126,8 +137,7 @@ def _claim(folder: str, task: str, settings: dict, data: dict) -> None:
     """Make the folder, or see that it is of this run."""
     path = os.path.join(folder, "run.json")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            changed = _changed(json.load(file), task, settings, data)
+        changed = _changed(read(path), task, settings, data)
         if changed:
             raise ValueError(
                 f"{folder} is of an interrupted run with other settings ({', '.join(changed)}): remove it, or choose "

@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from harness.adapters import check_adapter, save_adapter
 from harness.generate import generate
 from harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
 from harness.models import load_causal_lm
+from harness.prompts import with_labels
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
@@ -139,14 +141,9 @@ def load_mixture(
 
 def encode(rows: Sequence[dict], tokenizer, max_length: int) -> list[dict]:
     """Token ids of prompt, output and EOS, labels on the latter two; rows longer than `max_length` are left out."""
-    encoded = []
-    for row in rows:
-        context, continuation = encode_pair(tokenizer, prompt(row), row["output"])
-        continuation = [*continuation, tokenizer.eos_token_id]
-        ids = context + continuation
-        if len(ids) <= max_length:
-            labels = [IGNORED_LABEL] * len(context) + continuation
-            encoded.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    pairs = (encode_pair(tokenizer, prompt(row), row["output"]) for row in rows)
+    encoded = [with_labels(*pair, tokenizer, max_length) for pair in pairs]
+    encoded = [row for row in encoded if row is not None]
     if not encoded:
         raise ValueError(f"no training row fits into max_length={max_length} tokens: raise it.")
     return encoded
@@ -266,7 +263,9 @@ class Evaluation:
             raise ValueError(f"scoring={self.scoring!r} must be one of {', '.join(SCORINGS)}.")
 
 
-def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output: str) -> dict:
+def run(
+    evaluation: Evaluation, settings: Training, data_dir: str | None, output: str, keep_adapter: bool = False
+) -> dict:
     """Train and score; the run's JSON goes to `output`."""
     saved = settings_of(settings, **vars(evaluation) | {"tasks": list(evaluation.tasks)})
     tests = {task: load_rows(task, "test", data_dir).part(0, evaluation.test_rows) for task in evaluation.tasks}
@@ -274,6 +273,8 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
     parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
     identity = "commonsense", saved, {split: [rows.record for rows in part] for split, part in parts.items()}
     found = finished(output, *identity)
+    if keep_adapter:
+        check_adapter(settings.method, output, found is not None)
     if found is not None:
         return found
     with recorded(output, *identity) as result:
@@ -293,6 +294,8 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
         result["metrics"] = total(by_task)
         result["predictions"] = [score.correct for scores in by_task.values() for score in scores]
         result["prediction_tasks"] = [task for task, scores in by_task.items() for _ in scores]
+        if keep_adapter:
+            save_adapter(model, output)
     return result
 
 
@@ -317,7 +320,7 @@ def main() -> None:
         test_rows=arguments.test_rows,
         eval_batch_size=arguments.eval_batch_size,
     )
-    result = run(evaluation, from_arguments(arguments), arguments.data_dir, arguments.output)
+    result = run(evaluation, from_arguments(arguments), arguments.data_dir, arguments.output, arguments.save_adapter)
     if is_main_process():
         print(json.dumps(result["metrics"], indent=1))
 

@@ -15,10 +15,10 @@ import json
 import os
 import time
 
+from harness.models import load_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
@@ -41,8 +41,7 @@ def encoded(path: str, tokenizer, arguments: argparse.Namespace, rows: int):
 
 
 def run(arguments: argparse.Namespace, adapter: str, method: str, rate: float) -> dict:
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(arguments.model)
     train = encoded(arguments.data, tokenizer, arguments, 4 * arguments.steps * arguments.batch_size)
     held_out = encoded(arguments.eval_data, tokenizer, arguments, arguments.eval_rows)
     set_seed(arguments.seed)

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from baselines.mora import HEADS
 from glue_metric.scores import scores
-from harness.models import quantization_config
+from harness.adapters import check_adapter, save_adapter
+from harness.models import load_tokenizer, quantization_config
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, recorded
 from harness.rows import Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ def score(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[st
 def load_model(task: str, settings: Training):
     """Tokenizer and classifier; the head's weights are drawn with the run's seed."""
     set_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(settings.model)
     model = AutoModelForSequenceClassification.from_pretrained(
         settings.model,
         num_labels=TASKS[task].classes,
@@ -125,13 +125,17 @@ def _in_float32(module: torch.nn.Module, inputs: tuple) -> tuple:
     return (inputs[0].float(), *inputs[1:])
 
 
-def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output: str) -> dict:
+def run(
+    task: str, settings: Training, data_dir: str | None, sizes: dict, output: str, keep_adapter: bool = False
+) -> dict:
     """Train and score; the run's JSON goes to `output`. `sizes` has train_rows (None: all) and dev_rows."""
     rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
     validation = load_rows(task, "validation", data_dir)
     saved = settings_of(settings, **sizes)
     identity = f"glue/{task}", saved, {"train": rows.record, "dev": dev.record, "test": validation.record}
     found = finished(output, *identity)
+    if keep_adapter:
+        check_adapter(settings.method, output, found is not None)
     if found is not None:
         return found
     with recorded(output, *identity) as result:
@@ -151,6 +155,8 @@ def run(task: str, settings: Training, data_dir: str | None, sizes: dict, output
         result["metrics"] = score(task, predictions, labels[2])
         result["predictions"] = predictions.tolist()
         result["references"] = labels[2].tolist()
+        if keep_adapter:
+            save_adapter(model, output)
     return result
 
 
@@ -165,7 +171,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = from_arguments(arguments)
     sizes = {"train_rows": arguments.train_rows, "dev_rows": arguments.dev_rows}
-    result = run(arguments.task, settings, arguments.data_dir, sizes, arguments.output)
+    result = run(arguments.task, settings, arguments.data_dir, sizes, arguments.output, arguments.save_adapter)
     print(f"{arguments.task}, {settings.method}: {result['metrics']}")
 
 

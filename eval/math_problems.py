@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from harness.adapters import check_adapter, save_adapter
 from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 from harness.generate import generate
 from harness.likelihood import check_length
@@ -228,7 +229,9 @@ def summary(scored: Sequence[dict]) -> dict[str, float]:
     return figures | {f"{s}_{name}": mean([row[name] for row in rows]) for s, rows in sets.items() for name in names}
 
 
-def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output: str) -> dict:
+def run(
+    evaluation: Evaluation, settings: Training, data_dir: str | None, output: str, keep_adapter: bool = False
+) -> dict:
     """Train, unless the method is none, and score; the run's JSON goes to `output`."""
     saved = settings_of(settings, **evaluation.saved)
     mixture = load_mixture(evaluation, data_dir)
@@ -236,6 +239,8 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
     data = {"train": mixture[0], "dev": mixture[1]} | {f"{name}_test": rows for name, rows in tests.items()}
     identity = "math_problems", saved, {name: rows.record for name, rows in data.items()}
     found = finished(output, *identity)
+    if keep_adapter:
+        check_adapter(settings.method, output, found is not None)
     if found is not None:
         return found
     with recorded(output, *identity) as result:
@@ -250,6 +255,8 @@ def run(evaluation: Evaluation, settings: Training, data_dir: str | None, output
         result |= figures
         result["metrics"] = summary(result["rows"])
         result["predictions"] = [row[result["metric"]] for row in result["rows"]]
+        if keep_adapter:
+            save_adapter(model, output)
     return result
 
 
@@ -322,7 +329,7 @@ def main() -> None:
     names = ("train_rows", "dev_rows", "test_rows", "generate", "max_new_tokens", "eval_batch_size")
     chosen = {name: getattr(arguments, name) for name in names}
     evaluation = Evaluation(train=tuple(arguments.train), **chosen)
-    result = run(evaluation, from_arguments(arguments), arguments.data_dir, arguments.output)
+    result = run(evaluation, from_arguments(arguments), arguments.data_dir, arguments.output, arguments.save_adapter)
     if is_main_process():
         print(json.dumps(result["metrics"], indent=1))
 

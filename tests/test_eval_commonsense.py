@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_commonsense import CHOICES, byte_tokenizer, causal_model, row, save_model, task_rows, write_data, write_gz
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_scalora import effective_rank
 
 EVAL = Path(__file__).parents[1] / "eval"
 sys.path.insert(0, str(EVAL))  # scripts, not a package
@@ -264,6 +268,31 @@ def test_a_run_leaves_one_json(whole, model_folder, data_dir):
     assert commonsense.run(EVALUATION, settings_for(model_folder), data_dir, whole) == result  # nothing is repeated
     with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
         commonsense.run(EVALUATION, settings_for(model_folder, learning_rate=7.0), data_dir, whole)
+
+
+def test_a_kept_adapter_scores_as_its_run_did(model_folder, data_dir, tmp_path):
+    output = str(tmp_path / "run.json")
+    settings = settings_for(model_folder, scaling_interval=1, learning_rate=3e-3)
+    result = commonsense.run(EVALUATION, settings, data_dir, output, keep_adapter=True)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = PeftModel.from_pretrained(model, f"{output}.adapter").eval()
+    assert max(effective_rank(model).values()) > settings.r  # the accumulator is not empty
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = commonsense.load_rows("piqa", "test", data_dir).part(0, 4)
+    with torch.no_grad():
+        scores = commonsense.score_by_likelihood(model, tokenizer, rows, 16, "piqa")
+    assert commonsense.summary(scores)["answer_loss"] == pytest.approx(result["metrics"]["answer_loss_piqa"], rel=1e-5)
+
+
+def test_an_adapter_that_cannot_be_kept_is_refused(whole, model_folder, data_dir, tmp_path):
+    with pytest.raises(ValueError, match="is finished, and its adapter was not kept"):
+        commonsense.run(EVALUATION, settings_for(model_folder), data_dir, whole, keep_adapter=True)
+    output = tmp_path / "run.json"
+    for method in ("full", "relora", "none"):
+        settings = settings_for(model_folder, method=method)
+        with pytest.raises(ValueError, match=f"method='{method}' has no adapter"):
+            commonsense.run(EVALUATION, settings, data_dir, str(output), keep_adapter=True)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("where", ["dev", "winogrande"])

@@ -11,13 +11,13 @@ import commonsense
 import glue
 import numpy as np
 import torch
+from harness.models import load_tokenizer
 from harness.rows import split_dev
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
 )
@@ -84,9 +84,8 @@ def load_task(settings: TaskSettings) -> Task:
     """
     if settings.task not in (*glue.TASKS, COMMONSENSE):
         raise ValueError(f"task={settings.task!r} must be one of {', '.join(glue.TASKS)}, {COMMONSENSE}.")
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return (_commonsense if settings.task == COMMONSENSE else _classification)(settings, tokenizer)
+    make = _commonsense if settings.task == COMMONSENSE else _classification
+    return make(settings, load_tokenizer(settings.model))
 
 
 def _classification(settings: TaskSettings, tokenizer) -> Task:

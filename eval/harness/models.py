@@ -26,13 +26,18 @@ def quantization_config(method: str, dtype: str) -> BitsAndBytesConfig | None:
     )
 
 
-def load_causal_lm(settings: Training):
-    """Tokenizer, with a pad token, and causal language model, in 4 bit for the methods that want it."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+def load_tokenizer(model: str):
+    """Tokenizer of a model's folder or hub id; it pads with EOS where it has no token for that."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(settings: Training):
+    """Tokenizer and causal language model, in 4 bit for the methods that want it."""
     model = AutoModelForCausalLM.from_pretrained(
         settings.model,
         dtype=DTYPES[settings.dtype],
         quantization_config=quantization_config(settings.method, settings.dtype),
     )
-    return tokenizer, model
+    return load_tokenizer(settings.model), model

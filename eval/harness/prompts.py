@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from peft_scalora.data import IGNORED_LABEL
 
 
-def encode(prompt: str, answer: str, tokenizer, max_length: int | None = None) -> dict[str, list[int]] | None:
-    """`input_ids`, `attention_mask` and `labels` of prompt, answer and EOS; the prompt's tokens have no label.
+def with_labels(
+    context: Sequence[int], answer: Sequence[int], tokenizer, max_length: int | None = None
+) -> dict[str, list[int]] | None:
+    """`input_ids`, `attention_mask` and `labels` of context, answer and EOS; the context's tokens have no label.
 
-    Prompt and answer are tokenized apart, so that the prompt's tokens are those that generation starts from. None if
-    there are more tokens than `max_length`: an answer that is cut would teach to stop anywhere.
+    None if there are more tokens than `max_length`: an answer that is cut would teach to stop anywhere.
     """
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    ids = prompt_ids + answer_ids
+    answer = [*answer, tokenizer.eos_token_id]
+    ids = [*context, *answer]
     if max_length is not None and len(ids) > max_length:
         return None
-    labels = [IGNORED_LABEL] * len(prompt_ids) + answer_ids
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED_LABEL] * len(context) + answer}
+
+
+def encode(prompt: str, answer: str, tokenizer, max_length: int | None = None) -> dict[str, list[int]] | None:
+    """`with_labels` of the two, tokenized apart: the prompt's tokens are those that generation starts from."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return with_labels(prompt_ids, answer_ids, tokenizer, max_length)
 
 
 def encode_all(

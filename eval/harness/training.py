@@ -214,7 +214,8 @@ def _points(log: list[dict]) -> dict:
 
 
 def add_arguments(parser) -> None:
-    """One option for every field of `Training`."""
+    """One option for every field of `Training`, and whether the trained adapter is kept."""
+    parser.add_argument("--save-adapter", action="store_true", help="keep the trained adapter in OUTPUT.adapter")
     kinds = {"int": int, "float": float, "str": str, "int | None": int, "float | str": _number_or_word}
     for field in fields(Training):
         name = "--" + field.name.replace("_", "-")

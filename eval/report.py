@@ -24,7 +24,7 @@ import numpy as np
 from harness.record import FINISHED, read
 from harness.statistics import mean_and_error, paired_rows, paired_seeds
 from harness.training import UNTRAINED
-from sweep import PLAN_NAME, best_rate, dev_value
+from sweep import PLAN_NAME, best_rate, dev_value, next_rate
 
 from peft_scalora.files import replace_file
 from peft_scalora.plots import finish_panel, panels, save_png
@@ -72,17 +72,23 @@ class Method:
 
     @property
     def at_edge(self) -> bool:
-        rates = sorted(self.rates)
-        return self.name != UNTRAINED and (len(rates) < 3 or best_rate(self.rates) in (rates[0], rates[-1]))
+        return self.name != UNTRAINED and (len(self.rates) < 3 or next_rate(self.rates) is not None)
 
 
 def load_sweep(folder: str) -> tuple[dict[str, Method], dict]:
-    """The methods of a sweep, in the order of its plan, and the plan; a method without a run has none."""
+    """The methods of a sweep, in the order of its plan, and the plan; a method without a run has none.
+
+    Raises:
+        ValueError: its runs are not all of the same rows.
+    """
     plan = read(os.path.join(folder, PLAN_NAME))
     methods = {}
     for name in plan["methods"]:
         paths = glob.glob(os.path.join(folder, f"{glob.escape(name.replace(',', '-'))}-lr*-seed*.json"))
         methods[name] = Method(name, [read(path) for path in sorted(paths)])
+    finished = [run for method in methods.values() for run in method.runs if run["status"] == FINISHED]
+    if any(run["data"] != finished[0]["data"] for run in finished):
+        raise ValueError(f"{folder} has runs of other rows than its first: they cannot be compared.")
     return methods, plan
 
 
@@ -112,18 +118,17 @@ def final(run: dict) -> float:
     return run["metrics"][run["metric"]]
 
 
-def dev_within(run: dict, seconds: float) -> float | None:
-    """The dev metric after so many seconds, between two points of the curve in proportion; None before the first."""
-    at = [point["seconds"] for point in run["curve"]]
-    if seconds < at[0]:
+def dev_within(run: dict, unit: str, baseline: Method) -> float | None:
+    """The dev metric after the baseline's "step"s or "seconds", those of its run of the same seed or of its mean run.
+
+    Between two points of the curve in proportion; None before the first.
+    """
+    by_seed = {other["settings"]["seed"]: other["curve"][-1][unit] for other in baseline.best}
+    budget = by_seed.get(run["settings"]["seed"], statistics.fmean(by_seed.values()) if by_seed else 0.0)
+    at = [point[unit] for point in run["curve"]]
+    if budget < at[0]:
         return None
-    return float(np.interp(seconds, at, [point[run["dev_metric"]] for point in run["curve"]]))
-
-
-def budget(run: dict, baseline: Method) -> float:
-    """Seconds of the baseline's whole run of the same seed, or of its mean run."""
-    by_seed = {other["settings"]["seed"]: other["curve"][-1]["seconds"] for other in baseline.best}
-    return by_seed.get(run["settings"]["seed"], statistics.fmean(by_seed.values()) if by_seed else 0.0)
+    return float(np.interp(budget, at, [point[run["dev_metric"]] for point in run["curve"]]))
 
 
 def mean_of(values: list[float | None], digits: int = 3) -> str:
@@ -134,8 +139,10 @@ def mean_of(values: list[float | None], digits: int = 3) -> str:
 
 
 def difference(method: Method, baseline: Method) -> str:
-    """Difference to the baseline over the seeds both have."""
+    """Difference to the baseline over the seeds both have; the untrained model is the same for all of them."""
     mine, theirs = ({run["settings"]["seed"]: run for run in m.best} for m in (method, baseline))
+    if method.name == UNTRAINED and mine:
+        mine = dict.fromkeys(theirs, method.best[0])
     seeds = sorted(set(mine) & set(theirs))
     if method is baseline or not seeds:
         return ""
@@ -151,7 +158,8 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
     if not method.runs:
         return [method.name, "not run"] + [""] * (len(HEADER) - 2)
     if not method.best:
-        return [method.name, f"all failed: {method.failed[0]['error']}"] + [""] * (len(HEADER) - 2)
+        error = method.failed[0]["error"].partition("\n")[0].replace("|", r"\|")
+        return [method.name, f"all failed: {error}"] + [""] * (len(HEADER) - 2)
     best = method.best
     tried = ", ".join(f"{rate:g}" for rate in sorted(method.rates)) + (", best at an end" if method.at_edge else "")
     failed = f", {len(method.failed)} failed" if method.failed else ""
@@ -165,8 +173,8 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
         "" if rank is None else f"{statistics.fmean(run['effective_rank'] for run in best):.1f}",
         mean_of([final(run) for run in best]),
         difference(method, baseline),
-        mean_of([run["curve"][-1][run["dev_metric"]] for run in best]),
-        mean_of([dev_within(run, budget(run, baseline)) for run in best]),
+        mean_of([dev_within(run, "step", baseline) for run in best]),
+        mean_of([dev_within(run, "seconds", baseline) for run in best]),
         f"{statistics.median(steps):.3f}",
         f"{statistics.median(run['peak_memory_bytes'] for run in best) / 2**20:.0f}",
     ]
@@ -207,14 +215,13 @@ def smooth(values: list[float], width: int = 10) -> list[float]:
 def plot_curves(methods: dict[str, Method], path: str) -> None:
     """Training loss and dev metric, means over seeds, against step and against seconds."""
     figure, axes = panels(4)
-    for method in methods.values():
-        if not method.best or method.name == UNTRAINED:
-            continue
+    drawn = [method for method in methods.values() if method.best and method.name != UNTRAINED]
+    name = drawn[0].best[0]["dev_metric"] if drawn else "dev metric"
+    for method in drawn:
         columns = [list(zip(*seed)) for seed in zip(*(run["losses"] for run in method.best))]
         steps, seconds, losses = zip(*([statistics.fmean(c) for c in point] for point in columns))
         axes[0][0].plot(steps, smooth(losses), label=method.name, linewidth=1.2)
         axes[0][1].plot(seconds, smooth(losses), label=method.name, linewidth=1.2)
-        name = method.best[0]["dev_metric"]
         points = [
             [statistics.fmean(point[key] for point in at) for key in ("step", "seconds", name)]
             for at in zip(*(run["curve"] for run in method.best))

@@ -29,6 +29,7 @@ from peft_scalora.files import replace_file
 
 PLAN_NAME = "plan.json"
 LOWER_IS_BETTER = ("loss",)  # ends of the names of metrics
+LEAST_RATIO = 1.2  # of two rates of a grid; closer ones would be equal in two digits
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,27 @@ class Sweep:
             own = [part for item in others for part in option(item)]
             command = [sys.executable, self.script, *self.arguments, "--method", name, *own]
             command += ["--learning-rate", f"{rate:g}", "--seed", str(seed), "--output", path]
-            log = f"{path}.log"
+            log, before = f"{path}.log", _modified(path)
             with open(log, "w", encoding="utf-8") as file:
                 code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
             if code == 0:
                 os.unlink(log)
-            elif not os.path.exists(path):  # it was killed, or failed before it could say so
+            elif _modified(path) == before:  # it was killed, or failed before it could say so
                 settings = {"method": name, "learning_rate": rate, "seed": seed}
                 failed = {"status": FAILED, "settings": settings, "error": f"exit status {code}: see {log}"}
                 replace_file(path, to_json(failed))
         return read(path)
 
 
+def _modified(path: str) -> int | None:
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
 def option(item: str) -> list[str]:
-    """ "scaling_interval=1" as a command line has it; a field set to False is a switch."""
+    """ "scaling_interval=1" as a command line has it; a field set to True or False is a switch."""
     name, _, value = item.partition("=")
     name = name.replace("_", "-")
-    return [f"--no-{name}"] if value == "False" else [f"--{name}", value]
+    return {"True": [f"--{name}"], "False": [f"--no-{name}"]}.get(value, [f"--{name}", value])
 
 
 def dev_value(result: dict) -> float:
@@ -89,15 +94,16 @@ def best_rate(values: dict[float, float]) -> float:
 
 
 def next_rate(values: dict[float, float]) -> float | None:
-    """The rate to try beyond the end of the grid that is the best so far; None when the best has two neighbours."""
-    rates = sorted(values)
-    best = best_rate(values)
-    ratios = [high / low for low, high in pairwise(rates)]
-    if best == rates[0]:
-        return float(f"{best / ratios[0]:.2g}")
-    if best == rates[-1]:
-        return float(f"{best * ratios[-1]:.2g}")
-    return None
+    """The rate to try beyond an end of the grid that is as good as the best so far; None if there is no such end.
+
+    Where all rates are equal, as those of a classifier that always says the same, the grid grows at both ends in turn.
+    """
+    rates, best = sorted(values), max(values.values())
+    ends = [rate for rate in (rates[0], rates[-1]) if values[rate] == best != float("-inf")]
+    if not ends:
+        return None
+    end = ends[len(values) % len(ends)]
+    return float(f"{end * (rates[0] / rates[1] if end == rates[0] else rates[-1] / rates[-2]):.2g}")
 
 
 def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
@@ -130,14 +136,14 @@ def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
 
 def note(study: optuna.Study, rate: float, value: float) -> None:
     """Keep a trial in the study, once."""
-    done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    if any(trial.params["learning_rate"] == rate for trial in done):
+    failed = value == float("-inf")
+    state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
+    if any(trial.state == state and trial.params["learning_rate"] == rate for trial in study.trials):
         return
     study.enqueue_trial({"learning_rate": rate})
     trial = study.ask()
     trial.suggest_float("learning_rate", 1e-8, 1e3, log=True)
-    failed = value == float("-inf")
-    study.tell(trial, None if failed else value, state=optuna.trial.TrialState.FAIL if failed else None)
+    study.tell(trial, None if failed else value, state=state)
 
 
 def save_plan(sweep: Sweep, methods: list[str]) -> None:
@@ -173,11 +179,10 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("arguments", nargs="*", help="after --: for the script")
     arguments = parser.parse_args()
-    if len(arguments.rates) < 2:
-        parser.error("--rates needs two or more: their ratio is the step by which a grid grows.")
-    sweep = Sweep(
-        arguments.script, tuple(arguments.arguments), tuple(sorted(arguments.rates)), arguments.seeds, arguments.output
-    )
+    rates = sorted(arguments.rates)
+    if len(rates) < 2 or any(high < LEAST_RATIO * low for low, high in pairwise(rates)):
+        parser.error(f"--rates needs two or more, each {LEAST_RATIO} times the one before: grids grow by it.")
+    sweep = Sweep(arguments.script, tuple(arguments.arguments), tuple(rates), arguments.seeds, arguments.output)
     os.makedirs(sweep.output, exist_ok=True)
     save_plan(sweep, arguments.methods)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -36,8 +36,9 @@ def finish_panel(axis, title: str, x_label: str, y_label: str, legend: bool = Tr
     axis.set(title=title, xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    if legend:
-        longest = max(map(len, axis.get_legend_handles_labels()[1]))
+    labels = axis.get_legend_handles_labels()[1]
+    if legend and labels:
+        longest = max(map(len, labels))
         columns = min(4, max(1, 48 // (longest + 8)))  # as many as a panel is wide
         axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=columns)
 

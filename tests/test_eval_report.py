@@ -1,6 +1,7 @@
 """Tables from JSONs: every figure against NumPy and SciPy, and what is missing or failed shown."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def run(method, rate, seed, accuracy, seconds=10.0):
     return {
         "task": "glue/sst2",
         "status": "finished",
+        "data": {"train": {"rows": 320}},
         "settings": {"method": method, "learning_rate": rate, "seed": seed},
         "metric": "accuracy",
         "dev_metric": "accuracy",
@@ -40,7 +42,7 @@ def run(method, rate, seed, accuracy, seconds=10.0):
 
 def failed(method, rate, seed):
     settings = {"method": method, "learning_rate": rate, "seed": seed}
-    return {"status": "failed", "settings": settings, "error": "exit status -9: see its log"}
+    return {"status": "failed", "settings": settings, "error": "exit status -9 | see its log\nline two"}
 
 
 def write(folder, runs, methods, seeds=3):
@@ -59,7 +61,7 @@ def whole(method, accuracy, seconds=10.0):
 
 def cells(table):
     """Method -> its cells, by column."""
-    header, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    header, _, *rows = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
     return {row[0]: dict(zip(header, row)) for row in rows}
 
 
@@ -123,7 +125,7 @@ def test_what_failed_or_is_missing_is_shown(tmp_path):
     table = cells(report.table(str(tmp_path), "lora"))
     assert table["lora"]["seeds"] == "2 of 3"
     assert table["dora"]["seeds"] == "2 of 3, 1 failed"
-    assert table["hira"]["learning rate (tried)"] == "all failed: exit status -9: see its log"
+    assert table["hira"]["learning rate (tried)"] == r"all failed: exit status -9 \| see its log"
     assert table["mora"]["learning rate (tried)"] == "not run"
 
 
@@ -139,6 +141,31 @@ def test_an_unknown_baseline_is_named(tmp_path):
         report.table(str(tmp_path), "dora")
 
 
+def test_the_untrained_model_is_compared_with_every_seed(tmp_path):
+    lora, none = whole("lora", 0.6), run("none", 1e-3, 0, 0.5) | {"losses": []}
+    write(tmp_path, [*lora, none], ["none", "lora"])
+    scores = [r["metrics"]["accuracy"] for r in lora if r["settings"]["learning_rate"] == 3e-3]
+    expected = none["metrics"]["accuracy"] - np.mean(scores)
+    cell = cells(report.table(str(tmp_path), "lora"))["none"]["over lora (p; 95% of rows)"]
+    assert cell.startswith(f"{expected:+.3f} (p = {stats.ttest_1samp(scores, none['metrics']['accuracy']).pvalue:.2f}")
+    low, high = map(float, re.search(r"; (\S+) to (\S+)\)", cell).groups())
+    assert low < expected < high
+
+
+def test_the_dev_metric_is_read_at_the_steps_of_the_baseline(tmp_path):
+    """The baseline made 10 steps, where the other's curve has 0.1 less than at its end."""
+    short = [r | {"curve": r["curve"][:2]} for r in whole("lora", 0.6)]
+    write(tmp_path, short + whole("dora", 0.6), ["lora", "dora"])
+    assert cells(report.table(str(tmp_path), "lora"))["dora"]["dev accuracy at lora's steps"] == "0.500 ± 0.000"
+
+
+def test_runs_of_other_rows_are_not_compared(tmp_path):
+    other = [r | {"data": {"train": {"rows": 9}}} for r in whole("dora", 0.6)]
+    write(tmp_path, whole("lora", 0.6) + other, ["lora", "dora"])
+    with pytest.raises(ValueError, match="runs of other rows"):
+        report.table(str(tmp_path), "lora")
+
+
 def test_the_summary_has_a_column_for_every_task(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -152,8 +179,9 @@ def test_the_summary_has_a_column_for_every_task(tmp_path):
     assert table["mora"]["sst2 (accuracy)"] == "none yet"
 
 
-def test_plots_are_drawn(tmp_path):
-    write(tmp_path, whole("lora", 0.6) + whole("full", 0.9), ["lora", "full", "mora"])
+@pytest.mark.parametrize("trained", [whole("lora", 0.6) + whole("full", 0.9), []], ids=["trained", "untrained"])
+def test_plots_are_drawn(trained, tmp_path):
+    write(tmp_path, [run("none", 1e-3, 0, 0.5) | {"losses": []}, *trained], ["none", "lora", "full", "mora"])
     methods, _ = report.load_sweep(str(tmp_path))
     report.plot_curves(methods, str(tmp_path / "curves.png"))
     report.plot_quality(methods, str(tmp_path / "quality.png"))

@@ -115,12 +115,36 @@ def test_the_best_of_equals_is_nearest_to_the_middle():
         ({1e-3: 1.0, 3e-3: 0.5, 1e-2: 0.1}, 3.3e-4),
         ({1e-3: 0.1, 3e-3: 0.5, 1e-2: 1.0}, 3.3e-2),
         ({1e-3: 0.1, 3e-3: 0.5, 1e-2: 0.2}, None),
+        ({1e-3: 0.1, 3e-3: 0.5, 1e-2: 0.5}, 3.3e-2),  # as good at an end
+        ({1e-3: 0.5, 3e-3: 0.5, 1e-2: 0.5}, 3.3e-2),  # a plateau: up, then down
+        ({1e-3: 0.5, 3e-3: 0.5, 1e-2: 0.5, 3.3e-2: 0.5}, 3.3e-4),
+        ({1e-3: -math.inf, 3e-3: -math.inf, 1e-2: -math.inf}, None),  # all have failed
     ],
 )
 def test_the_next_rate_keeps_the_ratio_of_the_grid(values, expected):
     assert next_rate(values) == (pytest.approx(expected) if expected else None)
 
 
+def test_a_grid_that_could_not_grow_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep(tmp_path, "lora", rates=("1e-3", "1.02e-3"))
+    assert "each 1.2 times the one before" in capsys.readouterr().err
+
+
+def test_the_latest_failure_is_the_one_that_is_told(tmp_path):
+    rates = ("1e-3", "1e-2", "1e-1")
+    path = tmp_path / "runs" / "lora-lr0.1-seed0.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"status": "failed", "error": "an old one"}))
+    sweep(tmp_path, "lora", rates=rates, seeds=1, crash_from="0.05")
+    assert "exit status 3" in json.loads(path.read_text())["error"]
+    sweep(tmp_path, "lora", rates=rates, seeds=1, crash_from="0.05")
+    storage = f"sqlite:///{tmp_path / 'runs' / 'sweep.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    assert len(optuna.load_study(study_name=name, storage=storage).trials) == 3  # a repeated failure is not another
+
+
 def test_options_of_a_method():
+    assert option("save_adapter=True") == ["--save-adapter"]
     assert option("scaling_interval=1") == ["--scaling-interval", "1"]
     assert option("moment_transport=False") == ["--no-moment-transport"]

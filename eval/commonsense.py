@@ -15,7 +15,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from harness.prompts import with_labels
 from harness.ranks import over_ranks
 from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import Training, add_arguments, from_arguments, settings_of, train
+from harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
 from transformers import DataCollatorForSeq2Seq
 
 from peft_scalora.data import IGNORED_LABEL
@@ -129,14 +129,14 @@ def load_mixture(
     train_share, dev_share = (None if total is None else total // len(parts) for total in (train_rows, dev_rows))
     if dev_share == 0:
         raise ValueError(f"dev_rows={dev_rows} gives no row of each of {len(parts)} parts: raise it.")
-    split = [split_dev(load_rows(part, "train", data_dir), dev_share, train_share) for part in parts]
+    split = [split_dev(load_rows(part, "train", data_dir), dev_share) for part in parts]
     for part, (train_part, _) in zip(parts, split, strict=True):
-        if train_share is not None and not 0 < train_share == len(train_part):
+        if train_share is not None and not 0 < train_share <= len(train_part):
             raise ValueError(
                 f"train_rows={train_rows} is {train_share} rows of each of {len(parts)} parts, and {part} has "
                 f"{len(train_part)}: choose another number, or none to use all rows."
             )
-    return [pair[0] for pair in split], [pair[1] for pair in split]
+    return [train_part.part(0, train_share) for train_part, _ in split], [dev_part for _, dev_part in split]
 
 
 def encode(rows: Sequence[dict], tokenizer, max_length: int) -> list[dict]:
@@ -149,11 +149,11 @@ def encode(rows: Sequence[dict], tokenizer, max_length: int) -> list[dict]:
     return encoded
 
 
-def longest(tests: dict[str, Rows], tokenizer) -> int:
+def longest(parts: Iterable[Rows], tokenizer) -> int:
     """Tokens of the longest prompt with a choice, less the last one."""
     pairs = (
         encode_pair(tokenizer, prompt(row), OUTPUT + choice)
-        for rows in tests.values()
+        for rows in parts
         for row in rows
         for choice in choices(row)
     )
@@ -261,6 +261,7 @@ class Evaluation:
                 raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}.")
         if self.scoring not in SCORINGS:
             raise ValueError(f"scoring={self.scoring!r} must be one of {', '.join(SCORINGS)}.")
+        check_counts(self, ("dev_rows", "test_rows", "eval_batch_size"))
 
 
 def run(
@@ -274,13 +275,13 @@ def run(
     identity = "commonsense", saved, {split: [rows.record for rows in part] for split, part in parts.items()}
     found = finished(output, *identity)
     if keep_adapter:
-        check_adapter(settings.method, output, found is not None)
+        check_adapter(settings.method, output, found)
     if found is not None:
         return found
     with recorded(output, *identity) as result:
         result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
         tokenizer, model = load_causal_lm(settings)
-        check_length(model, longest(tests, tokenizer))  # before hours of training
+        check_length(model, longest([*mixture[1], *tests.values()], tokenizer))  # before hours of training
         folder = checkpoints(output)
         model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
         result |= figures
@@ -295,7 +296,7 @@ def run(
         result["predictions"] = [score.correct for scores in by_task.values() for score in scores]
         result["prediction_tasks"] = [task for task, scores in by_task.items() for _ in scores]
         if keep_adapter:
-            save_adapter(model, output)
+            save_adapter(model, output, result)
     return result
 
 

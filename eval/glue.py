@@ -21,7 +21,7 @@ from glue_metric.scores import scores
 from harness.adapters import check_adapter, save_adapter
 from harness.models import load_tokenizer, quantization_config
 from harness.ranks import over_ranks
-from harness.record import checkpoints, finished, recorded
+from harness.record import checkpoints, finished, is_main_process, recorded
 from harness.rows import Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
@@ -135,7 +135,7 @@ def run(
     identity = f"glue/{task}", saved, {"train": rows.record, "dev": dev.record, "test": validation.record}
     found = finished(output, *identity)
     if keep_adapter:
-        check_adapter(settings.method, output, found is not None)
+        check_adapter(settings.method, output, found)
     if found is not None:
         return found
     with recorded(output, *identity) as result:
@@ -156,7 +156,7 @@ def run(
         result["predictions"] = predictions.tolist()
         result["references"] = labels[2].tolist()
         if keep_adapter:
-            save_adapter(model, output)
+            save_adapter(model, output, result)
     return result
 
 
@@ -172,7 +172,8 @@ def main() -> None:
     settings = from_arguments(arguments)
     sizes = {"train_rows": arguments.train_rows, "dev_rows": arguments.dev_rows}
     result = run(arguments.task, settings, arguments.data_dir, sizes, arguments.output, arguments.save_adapter)
-    print(f"{arguments.task}, {settings.method}: {result['metrics']}")
+    if is_main_process():
+        print(f"{arguments.task}, {settings.method}: {result['metrics']}")
 
 
 if __name__ == "__main__":

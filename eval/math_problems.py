@@ -31,7 +31,7 @@ from harness.models import load_causal_lm
 from harness.prompts import encode_all
 from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import Training, add_arguments, from_arguments, settings_of, train
+from harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
 from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq
 
@@ -98,10 +98,7 @@ class Evaluation:
         for name in self.train:
             if name not in SETS and not name.endswith(FILE_ENDS):
                 raise ValueError(f"train={name!r} must be one of {', '.join(SETS)}, or a .jsonl or .jsonl.gz file.")
-        for name, least in (("dev_rows", 1), ("test_rows", 1), ("max_new_tokens", 1), ("eval_batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
+        check_counts(self, ("dev_rows", "test_rows", "max_new_tokens", "eval_batch_size"))
 
     @property
     def saved(self) -> dict:
@@ -156,6 +153,15 @@ def prompt(row: dict) -> str:
 def encode_rows(rows: Sequence[dict], tokenizer, max_length: int | None = None) -> tuple[list[dict], int]:
     """Rows that fit into `max_length`, with labels on the solution, and the number of those that do not."""
     return encode_all([(prompt(row), row["solution"]) for row in rows], tokenizer, max_length)
+
+
+def longest(tests: dict[str, Rows], tokenizer, evaluation: Evaluation) -> int:
+    """Tokens of the longest test row, or of the longest prompt with what may be generated, less the last one."""
+    encoded = list(chain.from_iterable(encode_rows(rows, tokenizer)[0] for rows in tests.values()))
+    lengths = [len(row["input_ids"]) for row in encoded]
+    if evaluation.generate:
+        lengths += [row["labels"].count(IGNORED_LABEL) + evaluation.max_new_tokens for row in encoded]
+    return max(lengths) - 1
 
 
 def judge(name: str, solution: str, text: str, verifier: MathVerify) -> dict[str, int]:
@@ -240,14 +246,13 @@ def run(
     identity = "math_problems", saved, {name: rows.record for name, rows in data.items()}
     found = finished(output, *identity)
     if keep_adapter:
-        check_adapter(settings.method, output, found is not None)
+        check_adapter(settings.method, output, found)
     if found is not None:
         return found
     with recorded(output, *identity) as result:
         result |= {"metric": "strict" if evaluation.generate else "loss", "dev_metric": "dev_loss"}
         tokenizer, model = load_causal_lm(settings)
-        encoded = chain.from_iterable(encode_rows(rows, tokenizer)[0] for rows in tests.values())
-        check_length(model, max(len(row["input_ids"]) for row in encoded) - 1)  # before hours of training
+        check_length(model, longest(tests, tokenizer, evaluation))  # before hours of training
         folder = checkpoints(output)
         model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
         result |= figures
@@ -256,7 +261,7 @@ def run(
         result["metrics"] = summary(result["rows"])
         result["predictions"] = [row[result["metric"]] for row in result["rows"]]
         if keep_adapter:
-            save_adapter(model, output)
+            save_adapter(model, output, result)
     return result
 
 

@@ -277,6 +277,8 @@ def test_a_kept_adapter_scores_as_its_run_did(model_folder, data_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model = PeftModel.from_pretrained(model, f"{output}.adapter").eval()
     assert max(effective_rank(model).values()) > settings.r  # the accumulator is not empty
+    assert read(output)["adapter"] == "run.json.adapter"
+    assert commonsense.run(EVALUATION, settings, data_dir, output, keep_adapter=True) == read(output)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = commonsense.load_rows("piqa", "test", data_dir).part(0, 4)
     with torch.no_grad():
@@ -285,8 +287,10 @@ def test_a_kept_adapter_scores_as_its_run_did(model_folder, data_dir, tmp_path):
 
 
 def test_an_adapter_that_cannot_be_kept_is_refused(whole, model_folder, data_dir, tmp_path):
+    Path(f"{whole}.adapter").mkdir()  # of another run that was there
     with pytest.raises(ValueError, match="is finished, and its adapter was not kept"):
         commonsense.run(EVALUATION, settings_for(model_folder), data_dir, whole, keep_adapter=True)
+    Path(f"{whole}.adapter").rmdir()
     output = tmp_path / "run.json"
     for method in ("full", "relora", "none"):
         settings = settings_for(model_folder, method=method)

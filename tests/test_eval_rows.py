@@ -55,6 +55,13 @@ def test_a_bad_field_is_named_with_file_and_row(tmp_path, change, complaint):
     assert SOURCE.local in message and "row 5:" in message and complaint in message
 
 
+@pytest.mark.parametrize("label", ["NaN", "Infinity"])
+def test_a_score_that_is_no_number_is_refused(tmp_path, label):
+    lines = ['{"sentence": "a b", "label": 1}', f'{{"sentence": "a b", "label": {label}}}']
+    with pytest.raises(DataError, match=r"row 2: field 'label' is \w+, not a finite number"):
+        load(SOURCE, write(tmp_path, lines), {"label": Field(float)})
+
+
 def test_wrong_columns_are_named_with_those_found(tmp_path):
     folder = write(tmp_path, [json.dumps({"text": "a", "label": 0})])
     with pytest.raises(DataError, match=r"row 1: field 'sentence' is missing \(the row's fields: text, label\)"):
@@ -92,6 +99,14 @@ def test_dev_rows_are_taken_out_of_the_training_rows(tmp_path):
     assert len(dev) == 3 and sorted(names) == sorted(row["sentence"] for row in ROWS)
     fewer, same = split_dev(rows, 3, train_rows=2)
     assert list(fewer) == list(train[:2]) and list(same) == list(dev)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 9])
+def test_training_rows_that_are_not_there_are_refused(tmp_path, count):
+    rows = load(SOURCE, write(tmp_path, [json.dumps(row) for row in ROWS]), FIELDS)
+    assert len(split_dev(rows, 2, 8)[0]) == 8
+    with pytest.raises(ValueError, match=f"train_rows={count} must be from 1 to 8, the other rows of "):
+        split_dev(rows, 2, count)
 
 
 @pytest.mark.parametrize("count", [0, 6])

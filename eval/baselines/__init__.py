@@ -35,6 +35,9 @@ METHODS: dict[str, Callable] = {
     "qscalora": peft_methods.qscalora,
 }
 
+# What these train is not in an adapter that PEFT loads onto the base as it was.
+WITHOUT_ADAPTER = ("full", "galore", "relora", "mora", "pissa", "lora-ga")
+
 
 def prepare(model: torch.nn.Module, settings, batches: Sequence[dict]) -> Prepared:
     """`model` made ready to be trained by `settings.method`; `batches` are a few of its data, for data-driven inits.

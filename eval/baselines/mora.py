@@ -99,7 +99,7 @@ def _rank(weight: Tensor, tol: float) -> Tensor:
 
 def mora(model, settings, batches) -> Prepared:
     """The base frozen, the targets wrapped; a classifier's head is trained, as PEFT does."""
-    refuse_quantized(model, settings, "it is merged into the weights")
+    refuse_quantized(model, settings, "there is no variant of it for one")
     layers = target_layers(model, settings)
     model.requires_grad_(False)
     for name, layer in layers.items():

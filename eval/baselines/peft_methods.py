@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,7 @@ def pissa(model, settings, batches) -> Prepared:
 
 
 def lora_ga(model, settings, batches) -> Prepared:
-    """Initialised by the gradient of `batches` (arXiv 2407.05000), with PEFT's defaults."""
+    """Initialised by the gradient of `batches` (arXiv 2407.05000): PEFT's singular directions, the paper's scale."""
     refuse_quantized(model, settings, "its initialisation changes the weights")
     targets = list(target_layers(model, settings))  # the gradients are taken before PEFT resolves "all-linear"
     options = {"target_modules": targets, "init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
@@ -68,7 +68,26 @@ def lora_ga(model, settings, batches) -> Prepared:
             model(**_on_device(batch, model)).loss.backward()
 
     preprocess_loraga(model, config, backward)
-    return Prepared(get_peft_model(model, config))
+    model = get_peft_model(model, config)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            _rescale_lora_ga(layer, config.lora_ga_config.stable_gamma)
+    return Prepared(model)
+
+
+@torch.no_grad()
+def _rescale_lora_ga(layer: LoraLayer, gamma: float) -> None:
+    """Columns of B and rows of A of norm m^(1/4) / sqrt(γ) (arXiv 2407.05000, Section 3.3), m the layer's outputs.
+
+    PEFT multiplies B by the gradient's singular values too, and leaves A at norm 1: in a small model B is then nearly
+    0, and depends on the scale of the loss.
+    """
+    weight, A, B = layer.get_base_layer().weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    before = layer.get_delta_weight("default").float()
+    norm = len(B) ** 0.25 / gamma**0.5
+    A.copy_(norm * torch.nn.functional.normalize(A.float(), dim=1))
+    B.copy_(norm * torch.nn.functional.normalize(B.float(), dim=0))
+    weight.copy_(weight.float() + before - layer.get_delta_weight("default").float())
 
 
 def eva(model, settings, batches) -> Prepared:
@@ -183,9 +202,15 @@ def _with_quantized_base(model, settings) -> nn.Module:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
+def _on_quantized(method: Callable, model, settings, batches) -> Prepared:
+    """With autocast to the type that is asked for, as PEFT has made norms and embeddings float32."""
+    prepared = method(_with_quantized_base(model, settings), settings, batches)
+    return replace(prepared, arguments={"bf16": settings.dtype == "bfloat16"})
+
+
 def qlora(model, settings, batches) -> Prepared:
-    return lora(_with_quantized_base(model, settings), settings, batches)
+    return _on_quantized(lora, model, settings, batches)
 
 
 def qscalora(model, settings, batches) -> Prepared:
-    return scalora(_with_quantized_base(model, settings), settings, batches)
+    return _on_quantized(scalora, model, settings, batches)

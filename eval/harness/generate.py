@@ -17,7 +17,7 @@ from peft_scalora.files import replace_file
 from .ranks import over_ranks
 from .record import is_main_process
 
-# All of it, since what is left out is taken from the model's generation_config, such as a repetition penalty.
+# Given, since a model's generation_config may say otherwise, as it often does of sampling and repetition.
 GREEDY = {
     "do_sample": False,
     "num_beams": 1,

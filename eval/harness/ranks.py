@@ -1,11 +1,21 @@
-"""Evaluation spread over the processes of a distributed run."""
+"""The processes of a distributed run, and evaluation spread over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
+
+
+def this_process() -> PartialState:
+    """This process among those of `accelerate launch`, in contact with them and with its own device chosen.
+
+    To be called before a model is loaded: weights in 4 bit go to the present device, which is the first GPU otherwise.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def over_ranks(function: Callable[[Sequence], list], items: Sequence) -> list:

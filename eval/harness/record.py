@@ -18,18 +18,20 @@ import torch
 
 from peft_scalora.files import replace_file
 
+from .ranks import this_process
+
 PACKAGES = ("torch", "transformers", "peft", "peft-scalora", "accelerate", "datasets", "numpy", "scikit-learn", "scipy")
 FINISHED, FAILED = "finished", "failed"
 
 
 def environment() -> dict:
-    """Versions and machine of this process."""
+    """Versions, machine and number of processes."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": this_process().num_processes,
         **{name: _version(name) for name in PACKAGES},
     }
 
@@ -78,10 +80,12 @@ def finished(path: str, task: str, settings: dict, data: dict) -> dict | None:
 
 
 def _changed(found: dict, task: str, settings: dict, data: dict) -> list[str]:
-    """What of a recorded run is not as now."""
+    """What of a recorded run is not as now; the batch of a step is that of all processes."""
     known = json.loads(json.dumps(settings))
-    settings = [name for name, value in known.items() if found["settings"].get(name) != value]
-    return settings + [name for name, value in (("task", task), ("data", data)) if found[name] != value]
+    changed = [name for name, value in known.items() if found["settings"].get(name) != value]
+    changed += [name for name, value in (("task", task), ("data", data)) if found[name] != value]
+    same_processes = found["environment"]["processes"] == this_process().num_processes
+    return changed if same_processes else [*changed, "processes"]
 
 
 @contextmanager
@@ -145,4 +149,4 @@ def _claim(folder: str, task: str, settings: dict, data: dict) -> None:
             )
     elif is_main_process():
         os.makedirs(folder, exist_ok=True)
-        replace_file(path, to_json({"task": task, "settings": settings, "data": data}))
+        replace_file(path, to_json({"task": task, "settings": settings, "environment": environment(), "data": data}))

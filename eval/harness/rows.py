@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import zlib
@@ -37,6 +38,8 @@ class Field:
             return f"is {value!r}, not of type {self.kind.__name__}"
         if self.kind is str and not self.may_be_empty and not value.strip():
             return "is empty"
+        if self.kind is float and not math.isfinite(value):
+            return f"is {value!r}, not a finite number"
         if self.choices and value not in self.choices:
             return f"is {value!r}, not one of {', '.join(map(str, self.choices))}"
         return None
@@ -137,10 +140,12 @@ def split_dev(rows: Rows, dev_rows: int, train_rows: int | None = None) -> tuple
     `train_rows` of the rest are kept, all of them unless given.
 
     Raises:
-        ValueError: no dev row, or more of them than half of the rows.
+        ValueError: no dev row, or more of them than half of the rows; no training row, or more than there are.
     """
     if not 0 < dev_rows <= len(rows) // 2:
         raise ValueError(f"dev_rows={dev_rows} must be from 1 to half of the {len(rows)} rows of {rows.source}.")
     shuffled = random.Random(0).sample(rows.rows, len(rows))
     cut = len(rows) - dev_rows
+    if train_rows is not None and not 0 < train_rows <= cut:
+        raise ValueError(f"train_rows={train_rows} must be from 1 to {cut}, the other rows of {rows.source}.")
     return Rows(tuple(shuffled[:cut][:train_rows]), rows.source), Rows(tuple(shuffled[cut:]), rows.source)

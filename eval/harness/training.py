@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from accelerate import PartialState
 from baselines import METHODS, Prepared, prepare
 from baselines.shared import task_type
 from peft import TaskType
@@ -17,11 +16,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from peft_scalora.checkpoints import last_complete_checkpoint
 from peft_scalora.config import SCALINGS
 
+from .ranks import this_process
 from .record import clock, peak_memory_bytes
 
 UNTRAINED = "none"  # the method that leaves the model as it is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHOICES = {"method": (*METHODS, UNTRAINED), "dtype": tuple(DTYPES), "scaling": SCALINGS}
+POSITIVE = ("r", "steps", "batch_size", "accumulation_steps", "max_length", "eval_steps", "save_steps")
+NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,25 @@ class Training:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        check_counts(self, POSITIVE)
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number that is not below 0.")
 
     @property
     def alpha(self) -> int:
         return 2 * self.r if self.lora_alpha is None else self.lora_alpha
+
+
+def check_counts(settings, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one of these fields is below 1; None passes.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 class Curve(TrainerCallback):
@@ -112,15 +129,26 @@ def train(
     """Train `model` by `settings.method`, or continue, and return it with the run's figures; "none" only evaluates it.
 
     `evaluate(model)` returns the curve's metrics. Checkpoints go to `folder`, the newest of them stays there.
+
+    Raises:
+        ValueError: a row is longer than what the model reads, or one process would use several GPUs.
     """
+    longest, limit = max(len(row["input_ids"]) for row in rows), getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length={settings.max_length} leaves a training row of {longest} tokens, and the model reads {limit}: "
+            f"choose max_length={limit} or less."
+        )
     set_seed(settings.seed)
     if settings.method == UNTRAINED:
         return _untrained(model, evaluate)
+    if getattr(model, "quantization_method", None) is None:  # which is where it has to be
+        model = model.to(this_process().device)
     started = clock()
     prepared = prepare(model, settings, _first_batches(rows, collator, settings.batch_size))
     setup_seconds = clock() - started
     curve = Curve(lambda: _in_eval_mode(evaluate, trainer.model), settings.eval_steps, setup_seconds)
-    arguments = {
+    fields = {
         "output_dir": folder,
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch_size,
@@ -140,9 +168,15 @@ def train(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
+    arguments = TrainingArguments(**(fields | prepared.arguments))
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs, and would split each batch over them: use accelerate launch, or "
+            "CUDA_VISIBLE_DEVICES=0 for one of them."
+        )
     trainer = trainer_class(
         model=prepared.model,
-        args=TrainingArguments(**(arguments | prepared.arguments)),
+        args=arguments,
         train_dataset=rows,
         data_collator=collator,
         callbacks=[curve, *prepared.callbacks],
@@ -167,8 +201,8 @@ def train(
 
 
 def _untrained(model: torch.nn.Module, evaluate: Callable) -> tuple[torch.nn.Module, dict]:
-    state = PartialState(cpu=not torch.cuda.is_available())  # starts the process group under `accelerate launch`
-    model = model.to(state.device)
+    if getattr(model, "quantization_method", None) is None:
+        model = model.to(this_process().device)
     nothing = {"trainable_parameters": 0, "effective_rank": None, "steps": 0, "tokens": 0, "train_seconds": 0.0}
     point = {"step": 0, "seconds": 0.0, **_in_eval_mode(evaluate, model)}
     return model, {**nothing, "peak_memory_bytes": peak_memory_bytes(), "losses": [], "curve": [point]}
@@ -242,5 +276,7 @@ def from_arguments(arguments) -> Training:
 
 
 def settings_of(settings: Training, **others) -> dict:
-    """What goes into the run's JSON: of a model's folder its name alone."""
-    return asdict(settings) | others | {"model": os.path.basename(settings.model.rstrip(os.sep))}
+    """What goes into the run's JSON: of a model's folder its name alone, of a hub id all of it."""
+    is_folder = os.path.isdir(settings.model)
+    name = os.path.basename(settings.model.rstrip(os.sep)) if is_folder else settings.model
+    return asdict(settings) | others | {"model": name}

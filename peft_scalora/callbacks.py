@@ -11,6 +11,8 @@ from .rank import effective_rank
 from .rescale import RescaleReport, last_report
 
 PLOT_NAME = "scalora_rank.png"
+RULES = ("column", "scalar", "exact", "skipped")
+MAX_PENDING = 16  # reports whose tensors are kept until figures are wanted
 
 
 class ScaLoRACallback(TrainerCallback):
@@ -40,6 +42,7 @@ class ScaLoRACallback(TrainerCallback):
         self._seen: RescaleReport | None = None
         self._pending: list[RescaleReport] = []
         self._discarded = 0.0
+        self._begin()
         self._history: dict[str, list[tuple[int, float]]] = {}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -47,6 +50,14 @@ class ScaLoRACallback(TrainerCallback):
         if report is not None and report is not self._seen:
             self._seen = report
             self._pending.append(report)
+        if len(self._pending) == MAX_PENDING:
+            self._read_pending()
+        self._log(state, control, model)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self._log(state, control, model)
+
+    def _log(self, state, control, model) -> None:
         if self.trainer is not None and control.should_log:
             self.trainer.log(self._figures(model, state.global_step))
             control.should_log = True  # which logging has reset: the loss is still to come
@@ -64,18 +75,30 @@ class ScaLoRACallback(TrainerCallback):
     def _figures(self, model, step: int) -> dict[str, float]:
         ranks = effective_rank(model, self.tol, model.active_adapter)
         figures = {"scalora/effective_rank": sum(ranks.values()) / len(ranks)}
-        if self._pending:
-            reports, self._pending = self._pending, []
-            layers = sum(report.layers for report in reports)
-            for rule in ("column", "scalar", "exact", "skipped"):
-                figures[f"scalora/{rule}"] = sum(getattr(report, rule) for report in reports) / layers
-            self._discarded += sum(report.discarded for report in reports)
-            figures["scalora/median_log_alpha"] = reports[-1].median_log_alpha
-            figures["scalora/fold_error"] = max(report.fold_error for report in reports)
+        self._read_pending()
+        if self._layers:
+            figures |= {f"scalora/{rule}": self._scaled[rule] / self._layers for rule in RULES}
+            figures["scalora/median_log_alpha"] = self._seen.median_log_alpha
+            figures["scalora/fold_error"] = self._fold_error
             figures["scalora/discarded"] = self._discarded
+            self._begin()
         for name, value in figures.items():
             self._history.setdefault(name, []).append((step, value))
         return figures
+
+    def _begin(self) -> None:
+        """Figures of the rescalings since the last log."""
+        self._layers, self._scaled, self._fold_error = 0, dict.fromkeys(RULES, 0), 0.0
+
+    def _read_pending(self) -> None:
+        """Add the reports to the figures, which waits for the device, and let go of their tensors."""
+        for report in self._pending:
+            self._layers += report.layers
+            for rule in RULES:
+                self._scaled[rule] += getattr(report, rule)
+            self._fold_error = max(self._fold_error, report.fold_error)
+            self._discarded += report.discarded
+        self._pending.clear()
 
     def _panels(self) -> list:
         def series(*names: str) -> dict:
@@ -85,5 +108,5 @@ class ScaLoRACallback(TrainerCallback):
         return [
             ("Rank of the weight change", "effective rank, mean over layers", series("effective_rank")),
             ("Discarded by recompression", "Frobenius norm, summed", series("discarded")),
-            ("How layers were scaled", "share of layers", series("column", "scalar", "exact", "skipped")),
+            ("How layers were scaled", "share of layers", series(*RULES)),
         ]

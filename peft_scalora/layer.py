@@ -44,9 +44,9 @@ class ScaLoRALayer:
         dense = config.accumulator == "dense"
         rank = config.accumulator_rank_for(self.r[adapter], out_features, in_features)
         device = self._accumulator_device()
-        U = torch.zeros(out_features, in_features if dense else rank, device=device)
+        U = torch.zeros(out_features, in_features if dense else rank, dtype=torch.float32, device=device)
         self.scalora_U[adapter] = U
-        self.scalora_V[adapter] = torch.zeros(0 if dense else rank, in_features, device=device)
+        self.scalora_V[adapter] = torch.zeros(0 if dense else rank, in_features, dtype=torch.float32, device=device)
         self.scalora_norms[adapter] = torch.stack([self._initial_column_norm2(adapter).to(device), U.new_zeros(())])
         self.scalora_progress[adapter] = torch.zeros(3, dtype=torch.int64, device="cpu")
         LAYERS.add(self)

@@ -129,6 +129,8 @@ class ScaLoRAModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         layers = self._scalora_layers()  # which are gone afterwards
+        for adapter in {name for layer in layers.values() for name in layer.scalora_U}:
+            _warn_if_never_rescaled(self.model, adapter, self.peft_config[adapter])
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         _warn_of_requantization(layers)
         return unloaded
@@ -258,13 +260,14 @@ def _is_trained(layer: ScaLoRALayer, adapter: str, config: ScaLoRAConfig) -> boo
 
 
 def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
-    """A trained adapter whose steps nobody counted would be plain LoRA without anybody noticing."""
-    layers = [m for m in model.modules() if isinstance(m, ScaLoRALayer) and adapter in m.scalora_U]
-    if any(m.progress(adapter).numbers.any() for m in layers):
-        return
-    if any(_is_trained(layer, adapter, config) for layer in layers):
+    """A layer that was trained though nobody counted its steps would be plain LoRA without anybody noticing."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ScaLoRALayer) and adapter in m.scalora_U}
+    uncounted = [name for name, layer in layers.items() if not layer.progress(adapter).numbers.any()]
+    missed = [name for name in uncounted if _is_trained(layers[name], adapter, config)]
+    if missed:
         warnings.warn(
-            f"The ScaLoRA adapter {adapter!r} has been trained but never rescaled, so it is a plain LoRA adapter: no "
-            "torch optimizer whose step hooks run has stepped it. Call peft_scalora.rescale(model, optimizer) before "
-            "each optimizer step, or train with an optimizer derived from torch.optim.Optimizer."
+            f"{len(missed)} of {len(layers)} layers of the ScaLoRA adapter {adapter!r} were trained but never "
+            f"rescaled, so they are plain LoRA, {missed[0]} for one: no torch optimizer of both factors stepped them "
+            "with its hooks. Give lora_A and lora_B of a layer to one optimizer derived from torch.optim.Optimizer, or "
+            "call peft_scalora.rescale(model, optimizer) before each optimizer step."
         )

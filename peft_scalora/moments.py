@@ -76,6 +76,13 @@ def _has_elements(value) -> bool:
     return isinstance(value, (list, tuple)) and any(map(_has_elements, value))
 
 
+def _is_unknown(name: str, value, rule: Mapping[str, int], param: Tensor) -> bool:
+    """Whether a state has no rule, or not the size that its rule is for, as GaLore's projected moments of Adam."""
+    if not _has_elements(value) or (name in _BITSANDBYTES_AUXILIARY and rule):
+        return False
+    return name not in rule or not isinstance(value, Tensor) or value.numel() != param.numel()
+
+
 def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     """Refuse an optimizer that keeps state of `param`, beyond counters, for which there is no rule.
 
@@ -88,10 +95,9 @@ def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
             "share of the adapters. Adapters are small: use the plain optimizer on every rank."
         )
     rule = rule_for(optimizer)
-    known = rule.keys() | (_BITSANDBYTES_AUXILIARY if hasattr(optimizer, "optimizer_name") else set())
     # An optimizer without a rule may keep the state of all parameters with the first one, as LBFGS does.
     states = [optimizer.state.get(param, {})] if rule else list(optimizer.state.values())
-    unknown = {name: None for state in states for name in state if name not in known and _has_elements(state[name])}
+    unknown = {name: None for state in states for name in state if _is_unknown(name, state[name], rule, param)}
     if unknown:
         raise TypeError(
             f"ScaLoRA cannot carry the state {', '.join(map(repr, unknown))} of optimizer "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections import defaultdict
 from dataclasses import replace
@@ -18,6 +19,9 @@ from .report import RescaleReport
 from .shape_group import ShapeGroup, Target, accumulate, solve
 from .sharding import assemble, check_ranks, has_gradients, is_sharded, is_zero, whole_value, wire_deepspeed
 
+# Of the function that torch puts around every optimizer's step, to run the hooks.
+STEP_CODE = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+
 
 def _base_learning_rate(group: dict) -> float | Tensor:
     """η is the rate before any schedule: during warmup the scheduled one would send 1 / (L η) to infinity."""
@@ -25,19 +29,31 @@ def _base_learning_rate(group: dict) -> float | Tensor:
 
 
 def _targets_of(optimizer: torch.optim.Optimizer) -> list[Target]:
-    """The adapters of which `optimizer` steps both factors, in the order of its parameters (equal on all ranks)."""
+    """The adapters of which `optimizer` steps both factors, in the order of its parameters (equal on all ranks).
+
+    Warns, once an optimizer, of adapters of which it steps one factor only: nothing rescales those.
+    """
     owners = {}
     for layer in LAYERS:
         for adapter in layer.scalora_U:
             lora_B, lora_A = layer.factors(adapter)
-            owners[id(lora_A)] = (layer, adapter, lora_B, lora_A)
+            owners[id(lora_A)] = owners[id(lora_B)] = (layer, adapter, lora_B, lora_A)
     rates = {id(p): _base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
-    targets = []
+    targets, alone = [], set()
     for parameter in rates:
         if parameter in owners:
             layer, adapter, lora_B, lora_A = owners[parameter]
-            if id(lora_B) in rates:
-                targets.append(Target(layer, adapter, lora_B, lora_A, rates[id(lora_B)], rates[parameter]))
+            if not (id(lora_A) in rates and id(lora_B) in rates):
+                alone.add(adapter)
+            elif parameter == id(lora_A):
+                targets.append(Target(layer, adapter, lora_B, lora_A, rates[id(lora_B)], rates[id(lora_A)]))
+    if alone and optimizer not in _warned:
+        _warned.add(optimizer)
+        warnings.warn(
+            f"{type(optimizer).__name__} steps only one factor of layers of the ScaLoRA adapter "
+            f"{', '.join(map(repr, sorted(alone)))}, so these stay plain LoRA. Give lora_A and lora_B of a layer, both "
+            "with requires_grad, to one optimizer."
+        )
     return targets
 
 
@@ -116,6 +132,7 @@ def _rescale_whole(targets: list[Target], optimizer: OptimizerState, report: Res
     )
 
 
+_warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _reports: weakref.WeakKeyDictionary[torch.optim.Optimizer, RescaleReport] = weakref.WeakKeyDictionary()
 
 
@@ -138,19 +155,50 @@ def _due(targets: list[Target]) -> list[Target]:
     return due
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Runs before every step of every torch optimizer."""
-    # Without a rule and without state it may be a wrapper, whose inner optimizer runs this hook again.
-    if not LAYERS or not (rule_for(optimizer) or any(optimizer.state.values())):
-        return
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Runs before every step of every torch optimizer; where a closure computes the gradients, has it run after it."""
+    if not LAYERS or _is_wrapper(optimizer) or _is_within_own_step(optimizer):
+        return None
     if not getattr(optimizer, "begins_outer_step", True):  # GaussNewton's other steps leave the weights alone
-        return
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        _count_step(optimizer)
+        return None
+
+    def closure_and_count():
+        loss = closure()
+        _count_step(optimizer)
+        return loss
+
+    if "closure" in kwargs:
+        return args, kwargs | {"closure": closure_and_count}
+    return (args[0], closure_and_count, *args[2:]), kwargs
+
+
+def _is_wrapper(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it steps another optimizer, which holds the state and runs this hook again."""
+    inside = any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values())
+    return inside and not rule_for(optimizer) and not any(optimizer.state.values())
+
+
+def _is_within_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of it is running already: one that calls its base class's step runs this hook twice."""
+    frame, running = sys._getframe(), 0
+    while frame is not None:
+        if frame.f_code is STEP_CODE and frame.f_locals["args"][0] is optimizer:
+            running += 1
+        frame = frame.f_back
+    return running > 1
+
+
+def _count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Count a step of its adapters that have gradients, and rescale those whose interval is over."""
     targets = _targets_of(optimizer)
     if not targets:
         install_deepspeed_hook()  # the optimizer may be stepping a flat partition of all parameters
     for target in targets:
         check_state(optimizer, target.lora_A)
-    # Without gradients it is not stepped, or a closure is about to compute them.
     due = _due([target for target in targets if has_gradients(target.lora_B, target.lora_A)])
     if due:
         _reports[optimizer] = _rescale(due, OptimizerState.of(optimizer))

@@ -221,6 +221,14 @@ class AdamWithMemory(torch.optim.Adam):
             self.state[p]["slow"] = p.detach().clone()
 
 
+class ProjectedAdam(torch.optim.Adam):
+    """With moments of a projection of the gradient, as GaLore has: being an Adam does not make them Adam's."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["exp_avg"] = torch.zeros(1, p.shape[1])
+
+
 # Factorised and flattened moments do not have the shape of their parameter.
 UNKNOWN = {
     "Adadelta": (torch.optim.Adadelta, ["square_avg", "acc_delta"]),
@@ -232,6 +240,7 @@ UNKNOWN = {
     "Custom per row": (lambda params: Custom(params, lambda p: torch.zeros(len(p))), ["memory"]),
     "Custom flat": (lambda params: Custom(params, lambda p: torch.zeros(p.numel())), ["memory"]),
     "AdamWithMemory": (AdamWithMemory, ["slow"]),
+    "ProjectedAdam": (ProjectedAdam, ["exp_avg"]),
 }
 
 

@@ -76,10 +76,14 @@ def test_factors_of_different_optimizers_and_frozen_factors_are_left_alone():
     optimizers = [torch.optim.SGD([*(layer.factors("default")[0] for layer in layers_of(model)[:2]), lora_B], lr=1e-3)]
     optimizers.append(torch.optim.SGD([lora_A], lr=1e-3))
     frozen = layers_of(model)[0].factors("default")[1].detach().clone()
-    for _ in range(3):
-        backward(model)
-        for optimizer in optimizers:
-            optimizer.step()
+    with pytest.warns(
+        UserWarning, match="SGD steps only one factor of layers of the ScaLoRA adapter 'default'"
+    ) as caught:
+        for _ in range(3):
+            backward(model)
+            for optimizer in optimizers:
+                optimizer.step()
+    assert len(caught) == 2  # once an optimizer
     assert rescalings(model) == [0, 0, 0]
     backward(model)
     assert rescale(model).layers == 1
@@ -218,27 +222,94 @@ def test_an_optimizer_inside_another_counts_once(interval):
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-def test_gradients_that_only_a_closure_computes_are_not_steps(tmp_path):
-    """The hook runs before the closure and finds none; saving then has to say that nothing was rescaled."""
-    model = adapted(Net(), scaling_interval=1)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    for _ in range(5):
-        optimizer.zero_grad()
-        optimizer.step(lambda: backward(model))
-        optimizer.zero_grad()
-    assert rescalings(model) == [0, 0, 0]
-    with pytest.warns(UserWarning, match="trained but never rescaled"):
-        model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("call", ["positional", "keyword", "stale gradients"])
+def test_gradients_of_a_closure_are_those_that_count(call):
+    """As Lightning steps: the same training as with gradients that are there before the step."""
+    start, results = adapted(Net(), scaling_interval=2), []
+    for kind in ("before", call):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (model(X) - Y).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(7):
+            if kind != "stale gradients":
+                optimizer.zero_grad()
+            if kind == "before":
+                closure()
+                optimizer.step()
+            elif kind == "keyword":
+                assert optimizer.step(closure=closure).requires_grad
+            else:
+                assert optimizer.step(closure).requires_grad
+        assert rescalings(model) == [3] * 3
+        results.append(snapshot(model))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-def test_a_closure_that_leaves_its_gradients_for_the_next_step():
-    """Scales from the gradients of the step before are late, but the function and the moments stay right."""
+class AdamWOfMine(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_that_calls_the_one_of_its_base_class_counts_once():
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])  # from here on that one runs the hooks, too
+    model = adapted(Net(), scaling_interval=4)
+    optimizer = AdamWOfMine(trainable(model), lr=1e-3)
+    train(model, optimizer, 8)
+    assert rescalings(model) == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="no gradient today"):
+        optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("no gradient today")))
+    train(model, optimizer, 4)  # a step that failed has not switched anything off
+    assert rescalings(model) == [3, 3, 3]
+
+
+class SignDescent(torch.optim.Optimizer):
+    """Keeps no state, and nobody has a rule for it."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(self.param_groups[0]["lr"] * p.grad.sign())
+
+
+def test_an_optimizer_without_state_needs_no_rule():
     model = adapted(Net(), scaling_interval=2)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    train(model, optimizer, 5)
-    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
-    before, count = model(X).detach(), rescalings(model)[0]
-    for _ in range(6):
-        optimizer.step(lambda: backward(model))
-    assert rescalings(model) == [count + 3] * 3
+    optimizer = SignDescent(trainable(model), lr=0.0)
+    fill_factors(model)
+    before = model(X).detach()
+    train(model, optimizer, 6)
+    assert rescalings(model) == [3, 3, 3]
     assert relative(model(X).detach(), before) < 1e-5
+
+
+def test_one_layer_that_nobody_rescales_is_told_when_it_is_saved_and_when_it_is_merged(tmp_path):
+    model = adapted(Net(), scaling_interval=2)
+    first, *others = layers_of(model)
+    train(model, torch.optim.AdamW([p for layer in others for p in layer.factors("default")], lr=1e-3), 4)
+    for p in first.factors("default"):
+        p.data.add_(0.1)
+    with pytest.warns(
+        UserWarning, match="1 of 3 layers of the ScaLoRA adapter 'default' were trained but never rescaled"
+    ):
+        model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="1 of 3 layers of the ScaLoRA adapter 'default'"):
+        model.merge_and_unload()
+
+
+def test_accumulators_are_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        config = ScaLoRAConfig(r=2, target_modules=["0"])
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config, autocast_adapter_dtype=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    layer = layers_of(model)[0]
+    assert layer.scalora_U["default"].dtype == layer.scalora_V["default"].dtype == torch.float32

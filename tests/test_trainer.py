@@ -122,6 +122,29 @@ def test_callback_without_the_trainer_writes_to_the_log_history(tmp_path):
     assert not (tmp_path / "scalora_rank.png").exists()
 
 
+def test_callback_logs_every_epoch_and_lets_go_of_reports(tmp_path, monkeypatch):
+    """More rescalings lie between two logs than reports are kept; the figures are of all of them."""
+    seen = []
+
+    class Collector(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            if last_report(optimizer) not in (None, *seen[-1:]):
+                seen.append(last_report(optimizer))
+
+    monkeypatch.setattr("peft_scalora.callbacks.MAX_PENDING", 2)
+    trainer = make_trainer(tmp_path, [Collector()], logging_strategy="epoch", max_steps=-1, num_train_epochs=2)
+    callback = ScaLoRACallback(trainer, plot=False)
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "scalora/effective_rank" in entry]
+    assert [entry["epoch"] for entry in logged] == [1, 2] and len(seen) == 10
+    for entry, reports in zip(logged, (seen[:5], seen[5:])):
+        layers = sum(report.layers for report in reports)
+        assert entry["scalora/column"] == sum(report.column for report in reports) / layers
+        assert entry["scalora/fold_error"] == max(report.fold_error for report in reports)
+    assert entry["scalora/discarded"] == pytest.approx(sum(report.discarded for report in seen))
+
+
 def test_callback_follows_plain_lora_too(tmp_path):
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)], peft_config=lora)

@@ -135,7 +135,7 @@ def load_classifier(task: str, folder: str, tokenizer, dtype: torch.dtype, quant
 
 
 def head_in(dtype: torch.dtype, model):
-    """`model`, with a classifier's head in `dtype`: trained by every method, in float32 whatever the base is in."""
+    """`model` with a classifier's head in `dtype`, whatever the rest is in: every method trains it, in float32."""
     for name in HEADS:
         if hasattr(model, name):
             head = getattr(model, name).to(dtype)

@@ -77,21 +77,30 @@ def encode(rows: Rows, task: str, tokenizer, max_length: int) -> list[dict]:
     return [{name: encoded[name][i] for name in encoded} | {"labels": labels[i]} for i in range(len(rows))]
 
 
-def predict(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndarray:
-    """Class of every row, or its score where the model has one output; rows of like length share a batch."""
+@torch.no_grad()
+def logits(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndarray:
+    """Logits (row, class) in float32; rows of like length share a batch."""
 
-    def outputs(order: Sequence[int]) -> list[float]:
+    def outputs(order: Sequence[int]) -> list[list[float]]:
         found = []
         for start in range(0, len(order), batch_size):
             batch = collator([encoded[i] for i in order[start : start + batch_size]])
-            logits = model(**batch.to(model.device)).logits.float().cpu()
-            found += (logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)).tolist()
+            found += model(**batch.to(model.device)).logits.float().tolist()
         return found
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-    values = np.empty(len(encoded))
-    values[order] = over_ranks(outputs, order)
-    return values
+    found = np.array(over_ranks(outputs, order), dtype=np.float32)
+    return found[np.argsort(order)]
+
+
+def predictions(logits: np.ndarray) -> np.ndarray:
+    """Class of every row of logits (row, class), or its score where there is one output."""
+    return (logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)).astype(float)
+
+
+def predict(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndarray:
+    """`predictions` of the model's logits."""
+    return predictions(logits(model, encoded, collator, batch_size))
 
 
 def score(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -107,22 +116,35 @@ def load_model(task: str, settings: Training):
     """Tokenizer and classifier; the head's weights are drawn with the run's seed."""
     set_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model)
+    quantization = quantization_config(settings.method, settings.dtype)
+    model = load_classifier(task, settings.model, tokenizer, DTYPES[settings.dtype], quantization)
+    return tokenizer, head_in(torch.float32, model)
+
+
+def load_classifier(task: str, folder: str, tokenizer, dtype: torch.dtype, quantization_config=None):
+    """The model, all of it in `dtype`; its head's weights are drawn where it has none for the task's classes."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        settings.model,
+        folder,
         num_labels=TASKS[task].classes,
-        dtype=DTYPES[settings.dtype],
-        quantization_config=quantization_config(settings.method, settings.dtype),
+        dtype=dtype,
+        quantization_config=quantization_config,
         ignore_mismatched_sizes=True,  # a head for other classes is replaced, and transformers says so
     )
     model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def head_in(dtype: torch.dtype, model):
+    """`model` with a classifier's head in `dtype`, whatever the rest is in: every method trains it, in float32."""
     for name in HEADS:
-        if hasattr(model, name):  # trained by every method, so in float32 whatever the base is in
-            getattr(model, name).float().register_forward_pre_hook(_in_float32)
-    return tokenizer, model
+        if hasattr(model, name):
+            head = getattr(model, name).to(dtype)
+            head.register_forward_pre_hook(_in_own_dtype)
+    return model
 
 
-def _in_float32(module: torch.nn.Module, inputs: tuple) -> tuple:
-    return (inputs[0].float(), *inputs[1:])
+def _in_own_dtype(module: torch.nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
 
 
 def run(

@@ -33,11 +33,17 @@ from compression.common import Context, Row, bytes_on_disk, count, on_device
 from compression.measure import in_fresh_process
 from compression.report import write_report
 from compression.tasks import Task, TaskSettings, load_task
-from harness.record import checkpoints, clock, finished, recorded
+from harness.record import checkpoints, clock, finished, recorded, short_hash
 from harness.training import Training, add_arguments, from_arguments, settings_of
 
 MODULES = (finetuning, hyperparameters, pruning, quantization, structure, distillation, combinations)
 MODULE_OF: dict[str, ModuleType] = {name: module for module in MODULES for name in module.ROWS}
+
+NOT_HERE = {
+    "method": "name rows with --methods",
+    "save_adapter": "every row's model is kept below --models",
+    "eval_steps": "a row is scored when it is finished, and has no curve",
+}
 
 
 def short_name(module: ModuleType) -> str:
@@ -150,11 +156,17 @@ class Run:
         shutil.rmtree(staged, ignore_errors=True)
         started = clock()
         model = module.build(row, context, staged)
-        result["seconds"] = clock() - started
+        result["seconds"] = context.earlier_seconds + clock() - started
         result |= context.figures | {"bytes": bytes_on_disk(staged)}
         result |= count(module.load(staged))  # dequantizing the int8 of bitsandbytes leaves a model that cannot be used
         result["score"] = asdict(self.task.score(on_device(model), "test"))
         os.rename(staged, folder)
+
+
+def models_folder(models: str, output: str) -> str:
+    """The folder below `models` for the rows of `output`; another output of the same name has another one."""
+    output = os.path.realpath(output)
+    return os.path.join(models, f"{os.path.basename(output)}-{short_hash(output)}")
 
 
 def _file_name(name: str) -> str:
@@ -176,8 +188,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for results, table and plot")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    if arguments.method != parser.get_default("method"):
-        parser.error("--method is not for this script: name rows with --methods")
+    for name, instead in NOT_HERE.items():
+        if getattr(arguments, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not for this script: {instead}")
     return arguments
 
 
@@ -190,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = ("model", "task", "data_dir", "max_length", "train_rows", "dev_rows", "test_rows")
     task_settings = TaskSettings(**{name: getattr(arguments, name) for name in rows})
     task, training = load_task(task_settings), from_arguments(arguments)
-    models = os.path.join(arguments.models, os.path.basename(os.path.normpath(arguments.output)))
+    models = models_folder(arguments.models, arguments.output)
     failed = 0
     for seed in arguments.seeds:
         run = Run(

@@ -6,21 +6,22 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import helpers_commonsense
-import numpy as np
 import pytest
 import torch
 from helpers_models import tiny_bert, tiny_gpt2
 from helpers_runs import classification_rows, save_tokenizer
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+import harness.training
 import methods
-from compression import pruning, quantization, report, structure
+from compression import common, hyperparameters, pruning, quantization, structure
 from compression.common import Row
 from compression.common import load as load_plain
 from compression.tasks import TaskSettings, load_task
@@ -116,19 +117,114 @@ def test_quantized_values_are_near_the_weights(run):
     )
 
 
-def test_search_continues_and_trains_with_the_best(run):
-    first = methods.MODULE_OF["search"]
-    context = replace(run.context("search"), scratch=str(Path(run.models) / "study"), search_trials=1)
-    assert len(first.search(context).trials) == 1
-    context.search_trials = 3
-    study = first.search(context)
-    assert len(study.trials) == 3
-    assert study.best_value == max(trial.value for trial in study.trials)
-    assert len({trial.params["learning_rate"] for trial in study.trials}) == 3
-    context.figures.clear()
-    first.build(methods.row_of("search"), context, str(Path(run.models) / "searched"))
-    assert context.figures["best"] == study.best_params
-    assert len(context.figures["trials"]) == 3
+@contextmanager
+def interrupted(monkeypatch, after):
+    """Trainer is broken off in the step that follows `after` ones; yields a list of those, which all clocks count."""
+    step, done = Trainer.training_step, []
+
+    def counted(*given, **options):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", counted)
+        for module in (methods, common, hyperparameters, harness.training):
+            patch.setattr(module, "clock", lambda: len(done))
+        yield done
+
+
+def trained_by_trainer(run, folder, **arguments):
+    """All weights of a fresh model, trained by transformers alone."""
+    set_seed(run.training.seed)
+    model = BertForSequenceClassification.from_pretrained(run.task_settings.model)
+    given = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "seed": run.training.seed}
+    given |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "remove_unused_columns": False}
+    args = TrainingArguments(str(folder), **given, **arguments)
+    trainer = Trainer(model, args, run.task.collator, run.task.train)
+    trainer.model_accepts_loss_kwargs = False  # its loss is a mean over a batch
+    trainer.train()
+    return model
+
+
+def test_search_continues_and_trains_with_the_best(run, tmp_path, monkeypatch):
+    """Trials are runs of the settings that the script has, and one that is broken off changes nothing."""
+    search, row = methods.MODULE_OF["search"], methods.row_of("search")
+    training = replace(run.training, accumulation_steps=2, weight_decay=0.5, save_steps=1)
+    whole, broken = (
+        replace(run.context("search"), training=training, scratch=str(tmp_path / name), search_trials=2)
+        for name in ("whole", "broken")
+    )
+    study = search.search(row, whole)
+    assert len({trial.params["learning_rate"] for trial in study.trials}) == 2
+    with interrupted(monkeypatch, after=3), pytest.raises(KeyboardInterrupt):
+        search.search(row, broken)
+    resumed = search._complete(search.search(row, broken))
+    assert [(t.params, t.value) for t in resumed] == [(t.params, t.value) for t in study.trials]
+    assert not list((tmp_path / "broken").glob("trial-*"))
+
+    model = search.build(row, whole, str(tmp_path / "model"))
+    assert whole.figures["best"] == study.best_params and len(whole.figures["trials"]) == 2
+    assert run.task.score(model, "dev").metrics["accuracy"] == study.best_value == max(t.value for t in study.trials)
+    best = study.best_params
+    by_trainer = trained_by_trainer(
+        run,
+        tmp_path,
+        learning_rate=best["learning_rate"],
+        max_steps=round(best["share"] * training.steps * training.batch_size / best["batch_size"]),
+        per_device_train_batch_size=best["batch_size"],
+        gradient_accumulation_steps=2,
+        weight_decay=0.5,
+    )
+    for name, weight in by_trainer.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_a_row_that_was_interrupted_has_the_seconds_of_all_its_steps(run, tmp_path, monkeypatch):
+    own = replace(run, training=replace(run.training, save_steps=1), models=str(tmp_path), output=str(tmp_path))
+    given = methods.MODULE_OF["dense"], methods.row_of("dense"), own.context("dense"), own.folder("dense")
+    with interrupted(monkeypatch, after=2), pytest.raises(KeyboardInterrupt):
+        own._build(*given, {})
+    result = {}
+    with interrupted(monkeypatch, after=99) as steps:
+        own._build(*given, result)
+    assert (len(steps), result["seconds"]) == (1, 3)
+
+
+def one_step_of_the_head(context, model) -> torch.Tensor:
+    """What one step of ScaLoRA without dropout changes in the head's weights, which have to be in float32."""
+    before = model.classifier.weight.detach().float().clone()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    after = context.fine_tune(model, "scalora").base_model.classifier.modules_to_save.default.weight
+    assert after.dtype == torch.float32
+    return after.detach() - before
+
+
+@pytest.mark.parametrize("name", ["scalora", "torchao-int8+scalora", "bnb-nf4+scalora"])
+def test_a_step_of_the_head_arrives_whatever_the_base_is_in(run, tmp_path, name):
+    """AdamW's first step is the learning rate, in every weight; bfloat16 has ten times wider gaps near 0.2."""
+    built(run, "dense")
+    training = replace(run.training, dtype="bfloat16", learning_rate=1e-4, steps=1, warmup_steps=0)
+    context, row = replace(run.context(name), training=training, scratch=str(tmp_path / "half")), methods.row_of(name)
+    found = one_step_of_the_head(
+        context, context.base(row) if name == "scalora" else quantization.quantized(row, context)
+    )
+    whole = replace(context, training=replace(training, dtype="float32"), scratch=str(tmp_path / "single"))
+    expected = one_step_of_the_head(whole, whole.base(row))
+    for change in (found, expected):
+        assert torch.allclose(change.abs(), torch.tensor(1e-4), rtol=0.01)
+    assert (found.sign() == expected.sign()).double().mean() > 0.8
+
+
+def test_a_merged_model_is_all_in_the_type_of_its_base(run, tmp_path):
+    own = replace(run, training=replace(run.training, dtype="bfloat16"), models=str(tmp_path), output=str(tmp_path))
+    result = built(own, "scalora")
+    again = load_plain(own.folder("scalora"))
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert result["score"] == vars(run.task.score(again, "test"))
 
 
 def test_rows_go_through_a_fresh_process_into_the_table(place):
@@ -151,6 +247,28 @@ def test_rows_go_through_a_fresh_process_into_the_table(place):
     assert before == {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
 
 
+def test_outputs_of_the_same_name_have_models_of_their_own(place, tmp_path, monkeypatch):
+    fresh = {"latency_ratio": 1.0, "throughput_ratio": 1.0, "memory_bytes": 1}
+    monkeypatch.setattr(
+        methods, "in_fresh_process", lambda *_: fresh | {"score": {"metrics": {"accuracy": 1.0}, "predictions": []}}
+    )
+    weights = {}
+    for name, rate in {"a": "1e-3", "b": "1e-2"}.items():
+        output = ["--output", str(tmp_path / name / "tiny"), "--models", str(tmp_path / "models")]
+        assert methods.main([*arguments(place, ""), *output, "--methods", "l1-50", "--full-learning-rate", rate]) == 0
+        weights[name] = {path: path.read_bytes() for path in (tmp_path / "models").rglob("*-seed0/*.safetensors")}
+    assert len(weights["a"]) == 2 and len(weights["b"]) == 4
+    assert weights["a"].items() <= weights["b"].items()
+    assert len(set(weights["b"].values())) == 4
+
+
+@pytest.mark.parametrize("option", [["--save-adapter"], ["--eval-steps", "5"], ["--method", "lora"]])
+def test_options_that_would_do_nothing_are_refused(place, capsys, option):
+    with pytest.raises(SystemExit):
+        methods.parse(arguments(place, "here", *option))
+    assert f"{option[0]} is not for this script" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_and_what_fails_are_rows(place, monkeypatch, tmp_path):
     """The others are done all the same."""
     fresh = {"latency_ratio": 1.0, "throughput_ratio": 1.0, "memory_bytes": 1}
@@ -162,7 +280,7 @@ def test_what_does_not_fit_and_what_fails_are_rows(place, monkeypatch, tmp_path)
         scores.append(given[-1]["score"])
 
     monkeypatch.setattr(methods.Run, "_build", build_and_keep)
-    monkeypatch.setattr(methods, "in_fresh_process", lambda *_: fresh | {"score": scores[-1] | {"sha256": "another"}})
+    monkeypatch.setattr(methods, "in_fresh_process", lambda *_: fresh | {"score": scores[-1] | {"hash": "another"}})
     monkeypatch.setattr(pruning, "prune_weights", lambda *_: 1 / 0)
     monkeypatch.setattr(structure, "misfit", lambda row, base: "no layer can go")
     given = [*arguments(place, "unfit"), "--models", str(tmp_path)]
@@ -251,56 +369,3 @@ def test_rows_come_after_what_they_start_from():
     assert order == ["dense", "neurons", "neurons, bnb-nf4+scalora", "l1-70", "l1-70+scalora"]
     assert methods.chosen_rows(["structure", "l1-20"]) == ["l1-20", *structure.ROWS]
     assert set(methods.with_requirements(methods.chosen_rows(["all"]))) == set(methods.MODULE_OF)
-
-
-# report
-
-
-def result_of(name, seed, quality, size):
-    settings = {"row": name, "model": "M", "steps": 5, "batch_size": 4, "max_length": 9, "r": 8}
-    return {
-        "status": "finished", "task": "methods/glue/sst2", "environment": {"threads": 1}, "metric": "accuracy",
-        "settings": settings | {"full_learning_rate": 1e-4, "learning_rate": 1e-3}, "method": "m", "caveat": "c",
-        "data": {"test": [{"rows": 6}, {"rows": 7}]}, "metrics": {"accuracy": quality, "loss": 2 * quality},
-        "parameters": 3e6, "nonzeros": 2e6, "bytes": size, "memory_bytes": 5e6, "latency_ratio": 0.5,
-        "throughput_ratio": 2.0, "seconds": 7.0 + seed, "reload": "equal",
-    }  # fmt: skip
-
-
-def test_table_is_of_the_results(tmp_path):
-    qualities = [0.5, 0.75, 0.9]
-    for seed, quality in enumerate(qualities):
-        (tmp_path / f"a-seed{seed}.json").write_text(json.dumps(result_of("a", seed, quality, 4e6)))
-    (tmp_path / "b-seed0.json").write_text(json.dumps(result_of("b", 0, 0.8, 3e6)))
-    report.write_report(str(tmp_path), ["b", "a", "c"])
-    caption, _, *lines = (tmp_path / "methods.md").read_text().splitlines()
-    assert caption.startswith("M on glue/sst2, 13 test rows. Whatever trains does so for 5 steps of 4 rows")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert [row[0] for row in cells] == ["row", "---", "b", "a"]
-    assert cells[0][:4] == ["row", "accuracy", "loss", "parameters, M"]
-    mean, error = np.mean(qualities), np.std(qualities, ddof=1) / math.sqrt(3)
-    assert cells[3][:4] == ["a", f"{mean:.3f} ± {error:.3f}", f"{2 * mean:.3f}", "3.0"]
-    assert cells[2][1] == "0.800"
-    assert cells[3][9] == "8"
-    assert all(len(row) == len(cells[0]) for row in cells)
-
-
-RESULTS = Path(methods.__file__).parent / "results" / "methods"
-
-
-@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda path: path.name)
-def test_published_tables_are_those_of_their_runs(folder):
-    by_row = report.read_all(str(folder))
-    rows = report.summaries(by_row, list(methods.MODULE_OF))
-    assert (folder / "methods.md").read_text() == report.markdown(by_row, rows)
-    results = [result for runs in by_row.values() for result in runs]
-    assert all(result["status"] == "finished" and result.get("reload", "equal") == "equal" for result in results)
-
-
-def test_pareto_front_is_of_points_that_none_beats():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        points = [tuple(p) for p in rng.integers(0, 6, (12, 2)).tolist()]
-        front = [points[i] for i in report.pareto_front(points)]
-        beaten = [any((q[0] <= p[0] and q[1] >= p[1] and q != p) for q in points) for p in points]
-        assert sorted(set(front)) == sorted({p for p, lost in zip(points, beaten) if not lost})

@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import glue
 import torch
 import transformers
+from baselines.mora import HEADS
+from harness.record import clock
 from harness.training import DTYPES, Training, train
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -47,6 +50,7 @@ class Context:
         folders: row name -> folder of the saved model, for the rows that came before.
         loaders: row name -> the function that loads it.
         figures: what the method wants to have in the run's JSON, besides what is measured of every row.
+        earlier_seconds: of the row's work, those that processes before this one have done and kept.
     """
 
     task: Task
@@ -57,6 +61,7 @@ class Context:
     scratch: str
     search_trials: int = 6
     figures: dict = field(default_factory=dict)
+    earlier_seconds: float = 0.0
 
     def base(self, row: Row) -> nn.Module:
         """The model that `row` starts from, in evaluation mode."""
@@ -66,27 +71,41 @@ class Context:
         return self.loaders[row.after](self.folders[row.after])
 
     def fine_tune(
-        self, model: nn.Module, method: str, trainer_class: Callable[..., Trainer] = Trainer, **changes
+        self,
+        model: nn.Module,
+        method: str,
+        trainer_class: Callable[..., Trainer] = Trainer,
+        checkpoints: str = "checkpoints",
+        **changes,
     ) -> nn.Module:
         """`model` trained on the task by "full", "lora" or "scalora"; for adapters, the model with the adapter.
 
-        `changes` are to fields of `training`.
+        A classifier's head is float32 then. `checkpoints` is a folder in `scratch`, from which an interrupted training
+        goes on; `changes` are to fields of `training`.
         """
         if method == "full":
             changes = {"learning_rate": self.full_learning_rate} | changes
         settings = replace(self.training, method=method, **changes)
-        folder = os.path.join(self.scratch, "checkpoints")
+        folder, started = os.path.join(self.scratch, checkpoints), clock()
         model, figures = train(
-            settings, model, self.task.train, self.task.collator, lambda _: {}, folder, trainer_class
+            settings,
+            glue.head_in(torch.float32, model),
+            self.task.train,
+            self.task.collator,
+            lambda _: {},
+            folder,
+            trainer_class,
         )
+        self.earlier_seconds += max(0.0, figures["train_seconds"] - (clock() - started))
         last = [loss for *_, loss in figures["losses"][-10:]]
         self.figures["mean_of_last_losses"] = sum(last) / len(last)
         self.figures |= {name: figures[name] for name in ("trainable_parameters", "effective_rank", "steps", "tokens")}
         return model.eval()
 
     def recover(self, model: nn.Module, method: str = "scalora") -> nn.Module:
-        """`model` after ScaLoRA fine-tuning, merged: as large as before."""
-        return self.fine_tune(model, method).merge_and_unload().eval()
+        """`model` after ScaLoRA fine-tuning, merged: as large as before, and the head in the type of the others."""
+        model = self.fine_tune(model, method).merge_and_unload()
+        return glue.head_in(model.dtype, model).eval()
 
 
 def save(model: PreTrainedModel, folder: str) -> None:
@@ -119,7 +138,7 @@ def save_adapter(model: PeftModel, folder: str) -> None:
 
 
 def load_adapter(folder: str, base: PreTrainedModel) -> PeftModel:
-    return PeftModel.from_pretrained(base, os.path.join(folder, ADAPTER)).eval()
+    return PeftModel.from_pretrained(glue.head_in(torch.float32, base), os.path.join(folder, ADAPTER)).eval()
 
 
 def bytes_on_disk(folder: str) -> int:
@@ -163,8 +182,4 @@ def linear_names(model: nn.Module) -> list[str]:
 def heads(model: PreTrainedModel) -> list[str]:
     """Linear layers that give the model's result: they stay as precise as they are."""
     output = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is output or name.split(".")[-1] in ("classifier", "score")
-    ]
+    return [name for name, module in model.named_modules() if module is output or name.split(".")[-1] in HEADS]

@@ -1,16 +1,14 @@
-"""Hyperparameter search for full fine-tuning with `Trainer.hyperparameter_search`. Needs the extra `hpo` (optuna)."""
+"""Hyperparameter search for full fine-tuning: every trial is a run as `dense` is. Needs the extra `hpo` (optuna)."""
 
 from __future__ import annotations
 
 import os
-from functools import partial
+import shutil
 from importlib.util import find_spec
 
-import torch
-from harness.training import DTYPES
+from harness.record import clock
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
 
 from .common import Context, Row, load, save
 
@@ -26,91 +24,54 @@ def misfit(row: Row, base: nn.Module) -> str | None:
 
 def build(row: Row, context: Context, folder: str) -> nn.Module:
     """Train with the settings that were best on the dev rows; a study that was interrupted goes on."""
-    study = search(context)
-    best = study.best_trial.params
-    context.figures["best"] = best
-    context.figures["trials"] = [
-        {**trial.params, context.task.metric: trial.value} for trial in study.get_trials(states=[_complete()])
-    ]
-    batch = best["per_device_train_batch_size"]
-    steps = max(1, round(best["num_train_epochs"] * len(context.task.train) / batch))
-    changes = {"learning_rate": best["learning_rate"], "batch_size": batch, "steps": steps}
-    model = context.fine_tune(context.base(row), "full", **changes)
+    study = search(row, context)
+    context.figures["best"] = study.best_params
+    context.figures["trials"] = [{**trial.params, context.task.metric: trial.value} for trial in _complete(study)]
+    model = context.fine_tune(context.base(row), "full", **changes(context, study.best_trial))
     save(model, folder)
     return model
 
 
-def search(context: Context):
-    """The optuna study with `context.search_trials` finished trials, in an SQLite file of its own."""
+def search(row: Row, context: Context):
+    """The optuna study with `context.search_trials` complete trials, in an SQLite file of its own.
+
+    A trial's sampler is seeded by the number of those before it, so that an interrupted study goes on as it would have.
+    """
     import optuna
 
     os.makedirs(context.scratch, exist_ok=True)
     storage = f"sqlite:///{context.scratch}/study.db"
-    open_study = partial(
-        optuna.create_study, study_name=STUDY, storage=storage, load_if_exists=True, direction="maximize"
-    )
-    done = len(open_study().get_trials(states=[_complete()]))
-    with tqdm(total=context.search_trials, initial=done, desc="trials") as progress:
-        trainer = ScoredTrainer(context, progress)
-        if done < context.search_trials:
-            trainer.hyperparameter_search(
-                hp_space=partial(space, context),
-                compute_objective=lambda metrics: metrics["eval_objective"],
-                n_trials=context.search_trials - done,
-                direction="maximize",
-                backend="optuna",
-                study_name=STUDY,
-                storage=storage,
-                load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(seed=1000 * context.training.seed + done),
-            )
-    return open_study()
+    study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction="maximize")
+    done = _complete(study)
+    context.earlier_seconds += sum(trial.user_attrs["seconds"] for trial in done)
+    numbers = range(len(done), context.search_trials)
+    for number in tqdm(numbers, desc="trials", initial=len(done), total=context.search_trials):
+        study.sampler = optuna.samplers.TPESampler(seed=1000 * context.training.seed + number)
+        study.optimize(lambda trial, number=number: objective(row, context, trial, number), n_trials=1)
+    return study
 
 
-def space(context: Context, trial) -> dict:
-    """Learning rate, batch size and epochs; at most as many rows are seen as in a run with the given settings."""
-    epochs = context.training.steps * context.training.batch_size / len(context.task.train)
+def objective(row: Row, context: Context, trial, number: int) -> float:
+    """The task's metric on the dev rows after full fine-tuning with the settings of `trial`."""
+    started, before, checkpoints = clock(), context.earlier_seconds, f"trial-{number}"
+    model = context.fine_tune(context.base(row), "full", checkpoints=checkpoints, **changes(context, trial))
+    score = context.task.score(model, "dev")
+    shutil.rmtree(os.path.join(context.scratch, checkpoints), ignore_errors=True)  # none in a short run
+    trial.set_user_attr("seconds", clock() - started + context.earlier_seconds - before)
+    return score.metrics[context.task.metric]
+
+
+def changes(context: Context, trial) -> dict:
+    """Learning rate, batch size and steps: `share` of the rows that a run with the given settings sees."""
     middle, batch = context.full_learning_rate, context.training.batch_size
-    return {
-        "learning_rate": trial.suggest_float("learning_rate", middle / 10, middle * 10, log=True),
-        "per_device_train_batch_size": trial.suggest_categorical(
-            "per_device_train_batch_size", [max(1, batch // 2), batch]
-        ),
-        "num_train_epochs": trial.suggest_categorical("num_train_epochs", [epochs / 2, epochs]),
-    }
+    learning_rate = trial.suggest_float("learning_rate", middle / 10, middle * 10, log=True)
+    batch_size = trial.suggest_categorical("batch_size", [max(1, batch // 2), batch])
+    share = trial.suggest_categorical("share", [0.5, 1.0])
+    steps = max(1, round(share * context.training.steps * batch / batch_size))
+    return {"learning_rate": learning_rate, "batch_size": batch_size, "steps": steps}
 
 
-def _complete():
+def _complete(study) -> list:
     from optuna.trial import TrialState
 
-    return TrialState.COMPLETE
-
-
-class ScoredTrainer(Trainer):
-    """Trainer of fresh models whose evaluation is the task's own, on the dev rows."""
-
-    def __init__(self, context: Context, progress: tqdm):
-        self.context, self.progress = context, progress
-        arguments = TrainingArguments(
-            output_dir=os.path.join(context.scratch, "search"),
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=context.training.warmup_steps,
-            save_strategy="no",
-            report_to="none",
-            seed=context.training.seed,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        super().__init__(
-            model_init=lambda: context.task.fresh(DTYPES[context.training.dtype]),
-            args=arguments,
-            train_dataset=context.task.train,
-            data_collator=context.task.collator,
-        )
-
-    def evaluate(self, *arguments, **options):
-        score = self.context.task.score(self.model.eval(), "dev")
-        self.progress.update()
-        return {"eval_objective": score.metrics[self.context.task.metric]}
+    return study.get_trials(states=[TrialState.COMPLETE])

@@ -10,11 +10,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from harness.record import FINISHED, read
+from harness.statistics import mean_and_error
 
 from peft_scalora.files import replace_file
 from peft_scalora.plots import finish_panel, require_matplotlib, save_png
 
-COLUMNS = ("parameters, M", "non-zeros, M", "MB on disk", "memory, MB", "latency", "throughput", "seconds", "reload")
+COLUMNS = (
+    "seeds",
+    "parameters, M",
+    "non-zeros, M",
+    "MB on disk",
+    "memory, MB",
+    "latency",
+    "throughput",
+    "seconds",
+    "reload",
+)
+MEDIANS = ("parameters", "nonzeros", "bytes", "memory_bytes", "latency_ratio", "throughput_ratio", "seconds")
 
 
 def write_report(folder: str, order: Sequence[str]) -> None:
@@ -64,41 +76,29 @@ def caption(results: dict[str, list[dict]]) -> str:
 
 
 def summary(name: str, results: Sequence[dict]) -> dict:
-    about = {"row": name, "method": results[0].get("method"), "caveat": results[0].get("caveat", "")}
-    for result in results:
-        reason = result.get("unfit") or (result.get("error") if result["status"] != FINISHED else None)
-        if reason:
-            return about | {"reason": reason}
-    metric = results[0]["metric"]
-    qualities = [result["metrics"][metric] for result in results]
-    medians = {
-        key: statistics.median(result[key] for result in results)
-        for key in (
-            "parameters",
-            "nonzeros",
-            "bytes",
-            "memory_bytes",
-            "latency_ratio",
-            "throughput_ratio",
-            "seconds",
-        )
+    """The figures of the seeds that have any, and the reasons of those that have none."""
+    reasons = {result["settings"]["seed"]: reason for result in results if (reason := why_none(result))}
+    done = [result for result in results if not why_none(result)]
+    about = {name: results[0].get(name) for name in ("method", "caveat")} | {"row": name, "reasons": reasons}
+    if not done:
+        return about
+    means = {metric: mean_and_error([result["metrics"][metric] for result in done]) for metric in done[0]["metrics"]}
+    quality, error = means.pop(done[0]["metric"])
+    figures = {
+        "metric": done[0]["metric"],
+        "quality": quality,
+        "error": error,
+        "others": {metric: mean for metric, (mean, _) in means.items()},
+        "seeds": f"{len(done)} of {len(results)}" if reasons else str(len(done)),
+        "reload": "equal" if all(result["reload"] == "equal" for result in done) else "differs",
     }
-    return (
-        about
-        | medians
-        | {
-            "metric": metric,
-            "quality": statistics.mean(qualities),
-            "error": statistics.stdev(qualities) / math.sqrt(len(qualities)) if len(qualities) > 1 else None,
-            "seeds": len(qualities),
-            "others": {
-                name: statistics.mean(result["metrics"][name] for result in results)
-                for name in results[0]["metrics"]
-                if name != metric
-            },
-            "reload": "equal" if all(result["reload"] == "equal" for result in results) else "differs",
-        }
-    )
+    return about | figures | {key: statistics.median(result[key] for result in done) for key in MEDIANS}
+
+
+def why_none(result: dict) -> str | None:
+    """Why a run has no figures, in a line; None where it has."""
+    reason = result.get("unfit") if result["status"] == FINISHED else result["error"]
+    return reason and reason.partition("\n")[0]
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -107,9 +107,16 @@ def table(rows: Sequence[dict]) -> str:
     header = ["row", *(name.replace("_", "-") for name in metrics), *COLUMNS, "caveat"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
-        cells = _cells(row) if "quality" in row else [row["reason"]] + [""] * (len(header) - 3)
-        lines.append(f"| {row['row']} | {' | '.join(cells)} | {row['caveat']} |")
+        cells = (cell.replace("|", r"\|") for cell in _line(row, len(header)))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _line(row: dict, columns: int) -> list[str]:
+    if "quality" not in row:
+        return [row["row"], next(iter(row["reasons"].values())), *[""] * (columns - 3), row["caveat"]]
+    reasons = [f"seed {seed}: {reason}" for seed, reason in row["reasons"].items()]
+    return [row["row"], *_cells(row), "; ".join([row["caveat"], *reasons])]
 
 
 def _cells(row: dict) -> list[str]:
@@ -117,6 +124,7 @@ def _cells(row: dict) -> list[str]:
     return [
         f"{row['quality']:.3f}{error}",
         *(f"{value:.3f}" for value in row["others"].values()),
+        row["seeds"],
         f"{row['parameters'] / 1e6:.1f}",
         f"{row['nonzeros'] / 1e6:.1f}",
         f"{row['bytes'] / 1e6:.1f}",

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import commonsense
 import glue
-import numpy as np
 import torch
 from harness.models import load_tokenizer
+from harness.record import short_hash
 from harness.rows import split_dev
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-)
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from peft_scalora.data import IGNORED_LABEL
 
@@ -30,11 +24,11 @@ COMMONSENSE = "commonsense"
 
 @dataclass(frozen=True)
 class Score:
-    """Quality on some rows; `sha256` is of every number that it was made of, so equal means equal bits."""
+    """Quality on some rows; `hash` is of every number that it was made of, so equal means equal to the last bit."""
 
     metrics: dict[str, float]
     predictions: list[float]
-    sha256: str
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -96,20 +90,13 @@ def _classification(settings: TaskSettings, tokenizer) -> Task:
     encoded = {part: glue.encode(found, name, tokenizer, settings.max_length) for part, found in rows.items()}
     collator = DataCollatorWithPadding(tokenizer)
 
-    def fresh(dtype: torch.dtype) -> nn.Module:
-        classes = glue.TASKS[name].classes
-        model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=classes, dtype=dtype)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        return model
-
     def score(model: nn.Module, part: str) -> Score:
-        logits = class_logits(model, encoded[part], collator)
-        predictions = (logits.argmax(-1) if logits.shape[1] > 1 else logits[:, 0]).double().numpy()
-        labels = [row["labels"] for row in encoded[part]]
+        logits = glue.logits(model, encoded[part], collator, BATCH)
+        predictions, labels = glue.predictions(logits), [row["labels"] for row in encoded[part]]
         metrics = glue.score(name, predictions, labels)
-        if logits.shape[1] > 1:
-            metrics["loss"] = float(F.cross_entropy(logits.double(), torch.tensor(labels)))
-        return Score(metrics, predictions.tolist(), _sha256(logits.numpy()))
+        if glue.TASKS[name].classes > 1:
+            metrics["loss"] = float(F.cross_entropy(torch.tensor(logits).double(), torch.tensor(labels)))
+        return Score(metrics, predictions.tolist(), short_hash(logits.tolist()))
 
     return Task(
         name=f"glue/{name}",
@@ -118,7 +105,7 @@ def _classification(settings: TaskSettings, tokenizer) -> Task:
         test=encoded["test"],
         data={part: found.record for part, found in rows.items()},
         collator=collator,
-        fresh=fresh,
+        fresh=lambda dtype: glue.load_classifier(name, settings.model, tokenizer, dtype),
         score=score,
     )
 
@@ -138,11 +125,11 @@ def _commonsense(settings: TaskSettings, tokenizer) -> Task:
         with torch.no_grad():
             scores = commonsense.score_by_likelihood(model, tokenizer, joined[part], CHOICES_BATCH, part)
         metrics = commonsense.summary(scores)
-        loss = np.array([score.loss for score in scores])
+        loss = [score.loss for score in scores]
         return Score(
             {"log_likelihood": -metrics["answer_loss"], "accuracy": metrics["accuracy"]},
-            loss.tolist(),
-            _sha256(loss),
+            loss,
+            short_hash(loss),
         )
 
     return Task(
@@ -155,19 +142,3 @@ def _commonsense(settings: TaskSettings, tokenizer) -> Task:
         fresh=lambda dtype: AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype),
         score=score,
     )
-
-
-@torch.no_grad()
-def class_logits(model: nn.Module, rows: Sequence[dict], collator: Callable) -> Tensor:
-    """Logits (row, class) in float32; rows of like length share a batch."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    found = []
-    for start in range(0, len(order), BATCH):
-        batch = collator([rows[i] for i in order[start : start + BATCH]])
-        found.append(model(**{name: t.to(model.device) for name, t in batch.items()}).logits.float().cpu())
-    logits = torch.cat(found)
-    return logits[torch.tensor(np.argsort(order))]
-
-
-def _sha256(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -39,12 +39,6 @@ from harness.training import Training, add_arguments, from_arguments, settings_o
 MODULES = (finetuning, hyperparameters, pruning, quantization, structure, distillation, combinations)
 MODULE_OF: dict[str, ModuleType] = {name: module for module in MODULES for name in module.ROWS}
 
-NOT_HERE = {
-    "method": "name rows with --methods",
-    "save_adapter": "every row's model is kept below --models",
-    "eval_steps": "a row is scored when it is finished, and has no curve",
-}
-
 
 def short_name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
@@ -186,12 +180,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-rows", type=int, help="evaluation rows (default: all)")
     parser.add_argument("--models", default="runs/methods", help="folder for the models")
     parser.add_argument("--output", required=True, help="folder for results, table and plot")
-    add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    for name, instead in NOT_HERE.items():
-        if getattr(arguments, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is not for this script: {instead}")
-    return arguments
+    add_arguments(parser, without=("method", "eval_steps", "save_adapter"))  # rows are --methods, and have no curve
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -247,11 +247,14 @@ def _points(log: list[dict]) -> dict:
     return {"losses": losses, "curve": curve}
 
 
-def add_arguments(parser) -> None:
-    """One option for every field of `Training`, and whether the trained adapter is kept."""
-    parser.add_argument("--save-adapter", action="store_true", help="keep the trained adapter in OUTPUT.adapter")
+def add_arguments(parser, without: Sequence[str] = ()) -> None:
+    """One option for every field of `Training`, and "save_adapter", but for those `without`."""
+    if "save_adapter" not in without:
+        parser.add_argument("--save-adapter", action="store_true", help="keep the trained adapter in OUTPUT.adapter")
     kinds = {"int": int, "float": float, "str": str, "int | None": int, "float | str": _number_or_word}
     for field in fields(Training):
+        if field.name in without:
+            continue
         name = "--" + field.name.replace("_", "-")
         if field.type == "bool":
             parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false", help="an ablation")
@@ -272,7 +275,8 @@ def _number_or_word(text: str) -> float | str:
 
 
 def from_arguments(arguments) -> Training:
-    return Training(**{field.name: getattr(arguments, field.name) for field in fields(Training)})
+    """The settings that `add_arguments` has read; of those it was `without`, the default."""
+    return Training(**{f.name: getattr(arguments, f.name) for f in fields(Training) if hasattr(arguments, f.name)})
 
 
 def settings_of(settings: Training, **others) -> dict:

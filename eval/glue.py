@@ -171,8 +171,7 @@ def run(
             return score(task, predict(model, encoded[1], collator, 64), labels[1])
 
         model, figures = train(settings, model, encoded[0], collator, dev_metrics, checkpoints(output))
-        with torch.no_grad():
-            predictions = predict(model.eval(), encoded[2], collator, 64)
+        predictions = predict(model.eval(), encoded[2], collator, 64)
         result |= figures
         result["metrics"] = score(task, predictions, labels[2])
         result["predictions"] = predictions.tolist()

@@ -128,7 +128,7 @@ def test_callback_logs_every_epoch_and_lets_go_of_reports(tmp_path, monkeypatch)
 
     class Collector(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-            if last_report(optimizer) not in (None, *seen[-1:]):
+            if state.global_step % 3 == 0:
                 seen.append(last_report(optimizer))
 
     monkeypatch.setattr("peft_scalora.callbacks.MAX_PENDING", 2)

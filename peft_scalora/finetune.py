@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,55 +28,10 @@ from .checkpoints import last_complete_checkpoint
 from .config import ScaLoRAConfig
 from .data import Fields, encode, find_fields, load_rows
 from .files import replace_file
+from .finetune_settings import METRICS_NAME, FinetuneSettings, claim_output, finished_metrics
+from .fingerprint import fingerprint
 from .plots import plot_lines
 from .rank import effective_rank
-
-TASKS = ("causal-lm", "classification")
-METHODS = ("scalora", "lora")
-METRICS_NAME = "metrics.json"
-
-
-@dataclass
-class FinetuneSettings:
-    """Everything that decides a run; saved with its results."""
-
-    model: str
-    data: str
-    task: str
-    output: str
-    method: str = "scalora"
-    eval_data: str | None = None
-    test_data: str | None = None
-    text_fields: tuple[str, ...] = ()
-    label_field: str = ""
-    prompt_field: str = ""
-    completion_field: str = ""
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: str = "all-linear"
-    scaling: str = "column"
-    scaling_interval: int = 10
-    smoothness: float | str = "auto"
-    accumulator_rank: int | None = None
-    learning_rate: float = 2e-4
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    epochs: float = 1.0
-    max_steps: int = -1
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    max_length: int = 512
-    eval_rows: int = 500
-    logging_steps: int = 10
-    save_steps: int = 200
-    seed: int = 0
-    bf16: bool = False
-
-    def __post_init__(self):
-        for name, choices in (("task", TASKS), ("method", METHODS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -142,20 +97,20 @@ def classification_metrics(prediction) -> dict[str, float]:
 def finetune(settings: FinetuneSettings) -> dict:
     """Run, or continue, the fine-tuning and return its metrics; everything lands below `settings.output`.
 
-    Writes the adapter with its model card, metrics.json, loss.png and scalora_rank.png. An interrupted run continues
-    from its last checkpoint; a finished one returns its metrics.
+    Writes settings.json, the adapter with its model card, metrics.json, loss.png and scalora_rank.png. An interrupted
+    run continues from its last checkpoint; a finished one returns its metrics.
 
     Raises:
-        OSError: the output folder cannot be written to. ValueError: data or settings do not fit.
-        NonFiniteLoss: training diverged.
+        OSError: the output folder cannot be written to. ValueError: data or settings do not fit, or the folder holds
+            a run with other settings or another base model. NonFiniteLoss: training diverged.
     """
-    metrics_path = os.path.join(settings.output, METRICS_NAME)
-    finished = _finished_metrics(metrics_path, settings)
+    finished = finished_metrics(settings)
     if finished is not None:
         return finished
-    _check_writable(settings.output)
+    claim_output(settings)  # before hours of training whose result could not be saved
     set_seed(settings.seed)
     (train_rows, eval_rows, test_rows), tokenizer, model = _prepare(settings)
+    claim_output(settings, fingerprint(model, model.peft_config["default"].modules_to_save))
     trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
     times = _StepTimes()
     trainer.add_callback(times)
@@ -174,7 +129,7 @@ def finetune(settings: FinetuneSettings) -> dict:
     metrics["settings"] = asdict(settings)
     metrics["log"] = trainer.state.log_history
     _plot_loss(os.path.join(settings.output, "loss.png"), trainer.state.log_history)
-    replace_file(metrics_path, json.dumps(metrics, indent=1, default=str))
+    replace_file(os.path.join(settings.output, METRICS_NAME), json.dumps(metrics, indent=1, default=str))
     return metrics
 
 
@@ -186,31 +141,6 @@ def make_trainer(settings: FinetuneSettings) -> Trainer:
     trainer.remove_callback(_StopOnNonFiniteLoss)
     trainer.remove_callback(ScaLoRACallback)
     return trainer
-
-
-def _finished_metrics(path: str, settings: FinetuneSettings) -> dict | None:
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        metrics = json.load(file)
-    wanted = json.loads(json.dumps(asdict(settings)))
-    changed = {name for name in wanted if wanted[name] != metrics["settings"].get(name)}
-    if changed - {"output"}:
-        raise ValueError(
-            f"output={settings.output!r} holds a finished run with other settings ({', '.join(sorted(changed))}): "
-            "choose another folder."
-        )
-    return metrics
-
-
-def _check_writable(folder: str) -> None:
-    """Find out before hours of training that its result cannot be saved."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        replace_file(os.path.join(folder, ".writable"), "")
-        os.unlink(os.path.join(folder, ".writable"))
-    except OSError as error:
-        raise OSError(f"output={folder!r} cannot be written to: {error}. Choose another folder.") from error
 
 
 def _prepare(settings: FinetuneSettings):

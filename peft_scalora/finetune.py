@@ -26,7 +26,7 @@ from transformers import (
 from .callbacks import ScaLoRACallback
 from .checkpoints import last_complete_checkpoint
 from .config import ScaLoRAConfig
-from .data import Fields, encode, find_fields, load_rows
+from .data import Fields, check_labels, check_rows, encode, find_classes, find_fields, hold_out, load_rows
 from .files import replace_file
 from .finetune_settings import METRICS_NAME, FinetuneSettings, claim_output, finished_metrics
 from .fingerprint import fingerprint
@@ -109,7 +109,7 @@ def finetune(settings: FinetuneSettings) -> dict:
         return finished
     claim_output(settings)  # before hours of training whose result could not be saved
     set_seed(settings.seed)
-    (train_rows, eval_rows, test_rows), tokenizer, model = _prepare(settings)
+    (train_rows, eval_rows, test_rows), tokenizer, model, classes = _prepare(settings)
     claim_output(settings, fingerprint(model, model.peft_config["default"].modules_to_save))
     trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
     times = _StepTimes()
@@ -126,6 +126,7 @@ def finetune(settings: FinetuneSettings) -> dict:
     metrics |= _model_metrics(model, settings.output)
     metrics["median_seconds_per_step"] = statistics.median(times.seconds) if times.seconds else None
     metrics["steps"] = trainer.state.global_step
+    metrics["labels"] = classes
     metrics["settings"] = asdict(settings)
     metrics["log"] = trainer.state.log_history
     _plot_loss(os.path.join(settings.output, "loss.png"), trainer.state.log_history)
@@ -136,7 +137,7 @@ def finetune(settings: FinetuneSettings) -> dict:
 def make_trainer(settings: FinetuneSettings) -> Trainer:
     """The Trainer of a run with fresh weights, for searches: it logs nothing of its own and does not stop by itself."""
     set_seed(settings.seed)
-    (train_rows, eval_rows, _), tokenizer, model = _prepare(settings)
+    (train_rows, eval_rows, _), tokenizer, model, _ = _prepare(settings)
     trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
     trainer.remove_callback(_StopOnNonFiniteLoss)
     trainer.remove_callback(ScaLoRACallback)
@@ -144,34 +145,52 @@ def make_trainer(settings: FinetuneSettings) -> Trainer:
 
 
 def _prepare(settings: FinetuneSettings):
-    rows = load_rows(settings.data)
-    given = Fields(settings.text_fields, settings.label_field, settings.prompt_field, settings.completion_field)
-    fields = find_fields(rows.column_names, settings.task, given)
-    if settings.eval_data:
-        eval_rows = load_rows(settings.eval_data, split="validation")
-    else:
-        parts = rows.train_test_split(test_size=min(settings.eval_rows, len(rows) // 5), seed=0)
-        rows, eval_rows = parts["train"], parts["test"]
-    eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
-    test_rows = load_rows(settings.test_data, split="test") if settings.test_data else None
-
+    """The encoded rows to train, evaluate and test on, the tokenizer, the model and the classes it tells apart."""
+    parts, fields, classes = _load_data(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model = _load_model(settings, classes)
     if settings.task == "classification":
-        labels = rows[fields.label]
-        count = 1 if isinstance(labels[0], float) else len(set(labels))
-        model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=count)
         model.config.pad_token_id = tokenizer.pad_token_id
-    else:
-        dtype = torch.bfloat16 if settings.bf16 else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     model = get_peft_model(model, adapter_config(settings))
-    parts = [
-        part and encode(part, tokenizer, settings.task, fields, settings.max_length)
-        for part in (rows, eval_rows, test_rows)
-    ]
-    return parts, tokenizer, model
+    parts = [part and encode(part, tokenizer, settings.task, fields, settings.max_length, classes) for part in parts]
+    return parts, tokenizer, model, classes
+
+
+def _load_data(settings: FinetuneSettings) -> tuple[list, Fields, list | None]:
+    """Checked rows to train, evaluate and, or None, test on; their fields; the classes of the labels."""
+    rows = load_rows(settings.data)
+    given = Fields(settings.text_fields, settings.label_field, settings.prompt_field, settings.completion_field)
+    fields = find_fields(rows.column_names, settings.task, given)
+    check_rows(rows, fields, settings.data)
+    classes = find_classes(rows, fields.label, settings.data) if fields.label else None
+
+    def others(source: str, split: str):
+        found = load_rows(source, split)
+        check_rows(found, fields, source)
+        if fields.label:
+            check_labels(found, fields.label, classes, source)
+        return found
+
+    if settings.eval_data:
+        eval_rows = others(settings.eval_data, "validation")
+    else:
+        rows, eval_rows = hold_out(rows, settings.eval_rows, settings.data)
+    eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
+    return [rows, eval_rows, settings.test_data and others(settings.test_data, "test")], fields, classes
+
+
+def _load_model(settings: FinetuneSettings, classes: list | None):
+    if settings.task == "causal-lm":
+        dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    if classes is None:
+        return AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=1)
+    names = [str(value) for value in classes]
+    return AutoModelForSequenceClassification.from_pretrained(
+        settings.model, id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)}
+    )
 
 
 def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eval_rows) -> Trainer:

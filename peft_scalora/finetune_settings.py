@@ -57,6 +57,8 @@ class FinetuneSettings:
         for name, choices in (("task", TASKS), ("method", METHODS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        if self.eval_rows < 1:
+            raise ValueError(f"eval_rows={self.eval_rows!r} must be 1 or more: a run is evaluated at its end.")
 
 
 def finished_metrics(settings: FinetuneSettings) -> dict | None:

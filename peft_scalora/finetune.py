@@ -11,6 +11,8 @@ from dataclasses import asdict
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -61,13 +63,14 @@ class _StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def adapter_config(settings: FinetuneSettings) -> LoraConfig:
+def adapter_config(settings: FinetuneSettings, modules_to_save: list[str] | None = None) -> LoraConfig:
     """The PEFT configuration of the run's method; LoRA and ScaLoRA get the same fields."""
     shared = {
         "r": settings.r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
-        "target_modules": settings.target_modules,
+        "target_modules": _target_names(settings) or ALL_LINEAR,
+        "modules_to_save": modules_to_save,
         "task_type": "SEQ_CLS" if settings.task == "classification" else "CAUSAL_LM",
     }
     if settings.method == "lora":
@@ -150,10 +153,9 @@ def _prepare(settings: FinetuneSettings):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = _load_model(settings, classes)
+    model = _adapted_model(settings, classes)
     if settings.task == "classification":
         model.config.pad_token_id = tokenizer.pad_token_id
-    model = get_peft_model(model, adapter_config(settings))
     parts = [part and encode(part, tokenizer, settings.task, fields, settings.max_length, classes) for part in parts]
     return parts, tokenizer, model, classes
 
@@ -181,16 +183,53 @@ def _load_data(settings: FinetuneSettings) -> tuple[list, Fields, list | None]:
     return [rows, eval_rows, settings.test_data and others(settings.test_data, "test")], fields, classes
 
 
-def _load_model(settings: FinetuneSettings, classes: list | None):
+def _adapted_model(settings: FinetuneSettings, classes: list | None):
+    model, loading = _load_model(settings, classes)
+    names = [name for name, _ in model.named_modules() if name]
+    for target in _target_names(settings):
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"target_modules={settings.target_modules!r}: {settings.model!r} has no module named {target}. Name "
+                f"modules it has, comma-separated, or {ALL_LINEAR}."
+            )
+    fresh = _fresh_modules(model, loading["missing_keys"], settings.model)
+    # PEFT saves these heads by itself, with every module whose name ends so, and would adapt the latter besides.
+    heads = SEQ_CLS_HEAD_NAMES if settings.task == "classification" else []
+    whole = fresh | {name for name in names if name.endswith(tuple(heads))}
+    outermost = {name for name in whole if not any(name.startswith(f"{other}.") for other in whole)}
+    return get_peft_model(model, adapter_config(settings, sorted(outermost - set(heads)) or None))
+
+
+def _target_names(settings: FinetuneSettings) -> list[str]:
+    """The names given; empty for all linear modules."""
+    if settings.target_modules == ALL_LINEAR:
+        return []
+    return [name.strip() for name in settings.target_modules.split(",")]
+
+
+def _fresh_modules(model, missing_keys: set[str], source: str) -> set[str]:
+    """Modules that the base model's files lack: random at every load, so they are trained and saved whole."""
+    fresh = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name in missing_keys}
+    for name in fresh:
+        if any(True for _ in model.get_submodule(name).children()):
+            raise ValueError(
+                f"model={source!r} lacks a weight of {name or type(model).__name__}, which would be random at every "
+                "load and cannot be saved with the adapter: complete the model first."
+            )
+    return fresh
+
+
+def _load_model(settings: FinetuneSettings, classes: list | None) -> tuple:
+    """The base model and which of its weights its files lack."""
     if settings.task == "causal-lm":
-        dtype = torch.bfloat16 if settings.bf16 else torch.float32
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    if classes is None:
-        return AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=1)
-    names = [str(value) for value in classes]
-    return AutoModelForSequenceClassification.from_pretrained(
-        settings.model, id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)}
-    )
+        auto, options = AutoModelForCausalLM, {"dtype": torch.bfloat16 if settings.bf16 else torch.float32}
+    elif classes is None:
+        auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
+    else:
+        names = [str(value) for value in classes]
+        numbers = {name: number for number, name in enumerate(names)}
+        auto, options = AutoModelForSequenceClassification, {"id2label": dict(enumerate(names)), "label2id": numbers}
+    return auto.from_pretrained(settings.model, output_loading_info=True, **options)
 
 
 def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eval_rows) -> Trainer:

@@ -95,7 +95,7 @@ def check_rows(rows, fields: Fields, source: str) -> None:
     for name in fields.required():
         if name not in rows.column_names:
             raise ValueError(f"data={source!r} has no field {name!r}: its fields are {sorted(rows.column_names)}.")
-        for number, value in enumerate(rows[name], start=1):
+        for number, value in enumerate(rows[name][:], start=1):
             if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(
                     f"data={source!r}, row {number}: field {name!r} has {value!r}, not a string, finite number or "
@@ -105,7 +105,7 @@ def check_rows(rows, fields: Fields, source: str) -> None:
 
 def find_classes(rows, label: str, source: str) -> list | None:
     """The distinct labels, sorted: classes are numbered in this order. None where labels are floats: regression."""
-    classes = sorted(set(rows[label]))
+    classes = sorted(set(rows[label][:]))
     if isinstance(classes[0], float):
         return None
     if len(classes) == 1:
@@ -117,7 +117,7 @@ def find_classes(rows, label: str, source: str) -> list | None:
 
 def check_labels(rows, label: str, classes: list | None, source: str) -> None:
     """Refuse rows to evaluate on whose labels are none of the training rows' classes, or no numbers in regression."""
-    for number, value in enumerate(rows[label], start=1):
+    for number, value in enumerate(rows[label][:], start=1):
         if isinstance(value, str) if classes is None else value not in classes:
             known = "numbers" if classes is None else ", ".join(map(repr, classes))
             raise ValueError(

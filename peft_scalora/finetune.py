@@ -180,7 +180,8 @@ def _load_data(settings: FinetuneSettings) -> tuple[list, Fields, list | None]:
     else:
         rows, eval_rows = hold_out(rows, settings.eval_rows, settings.data)
     eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
-    return [rows, eval_rows, settings.test_data and others(settings.test_data, "test")], fields, classes
+    test_rows = others(settings.test_data, "test") if settings.test_data else None
+    return [rows, eval_rows, test_rows], fields, classes
 
 
 def _adapted_model(settings: FinetuneSettings, classes: list | None):

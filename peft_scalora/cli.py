@@ -16,6 +16,9 @@ _HELP = {
     "eval_data": "held-out data; without it some rows of the data are held out",
     "test_data": "data to report test_* metrics on, apart from what settings were chosen by",
     "text_fields": "comma-separated fields of the text (one, or a pair for classification)",
+    "label_field": "field of the label: any strings or whole numbers for classes, fractions for regression",
+    "prompt_field": "field of the prompt, which is not trained on; to an instruction its field input is added",
+    "completion_field": "field of the completion",
     "target_modules": "modules to adapt, comma-separated, or all-linear",
     "scaling": "column, scalar or exact",
     "scaling_interval": "optimizer steps from one rescaling to the next",
@@ -146,7 +149,7 @@ def _run_finetune(arguments: argparse.Namespace) -> None:
     settings = vars(arguments)
     settings.pop("command")
     metrics = finetune(FinetuneSettings(**settings))
-    shown = {name: value for name, value in metrics.items() if name not in ("log", "settings")}
+    shown = {name: value for name, value in metrics.items() if name not in ("labels", "log", "settings")}
     print(json.dumps(shown, indent=1))
 
 

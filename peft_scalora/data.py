@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IGNORED_LABEL = -100
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -11,12 +12,19 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a row hold what; empty names are guessed from the common ones."""
+    """Which fields of a row hold what; empty names are guessed from the common ones.
+
+    `input` is what an instruction is about (Alpaca's format), may be empty in a row, and follows the prompt.
+    """
 
     text: tuple[str, ...] = ()
     label: str = ""
     prompt: str = ""
     completion: str = ""
+    input: str = ""
+
+    def required(self) -> list[str]:
+        return [name for name in (*self.text, self.label, self.prompt, self.completion) if name]
 
 
 _PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
@@ -57,7 +65,6 @@ def find_fields(columns: list[str], task: str, fields: Fields) -> Fields:
         text = fields.text or next((f for f in (*_PAIRS, *_SINGLES) if set(f) <= set(columns)), ())
         label = fields.label or ("label" if "label" in columns else "")
         found = Fields(text=text, label=label)
-        wanted = [*text, label]
     else:
         pair = (fields.prompt, fields.completion)
         if not any(pair) and not fields.text:
@@ -65,9 +72,10 @@ def find_fields(columns: list[str], task: str, fields: Fields) -> Fields:
         found = Fields(prompt=pair[0], completion=pair[1])
         if not any(pair):
             found = Fields(text=fields.text or (("text",) if "text" in columns else ()))
-        wanted = [*found.text, *(name for name in pair if name)]
-    missing = [name for name in wanted if name not in columns]
-    if missing or not wanted or (task == "classification" and not (found.text and found.label)):
+        if found.prompt == "instruction" and "input" in columns:
+            found = replace(found, input="input")
+    whole = found.text and found.label if task == "classification" else found.text or all(pair)
+    if not whole or not set(found.required()) <= set(columns):
         raise ValueError(
             f"the data's fields {sorted(columns)} do not fit task={task!r}: found text={found.text!r}, "
             f"label={found.label!r}, prompt={found.prompt!r}, completion={found.completion!r}. Name them with "
@@ -76,21 +84,82 @@ def find_fields(columns: list[str], task: str, fields: Fields) -> Fields:
     return found
 
 
-def encode(rows, tokenizer, task: str, fields: Fields, max_length: int):
-    """Map rows to `input_ids`, `attention_mask` and labels; prompts of prompt-completion rows are not trained on."""
+def check_rows(rows, fields: Fields, source: str) -> None:
+    """Refuse data without rows, and rows without a text or label or with one that is no string, number or boolean.
+
+    Raises:
+        ValueError: names source, row (counted from 1), field and value.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"data={source!r} has no rows.")
+    for name in fields.required():
+        if name not in rows.column_names:
+            raise ValueError(f"data={source!r} has no field {name!r}: its fields are {sorted(rows.column_names)}.")
+        for number, value in enumerate(rows[name][:], start=1):
+            if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(
+                    f"data={source!r}, row {number}: field {name!r} has {value!r}, not a string, finite number or "
+                    "boolean. Remove the row, or name another field."
+                )
+
+
+def find_classes(rows, label: str, source: str) -> list | None:
+    """The distinct labels, sorted: classes are numbered in this order. None where labels are floats: regression."""
+    classes = sorted(set(rows[label][:]))
+    if isinstance(classes[0], float):
+        return None
+    if len(classes) == 1:
+        raise ValueError(
+            f"data={source!r}: every row has {classes[0]!r} in field {label!r}, there is nothing to tell apart."
+        )
+    return classes
+
+
+def check_labels(rows, label: str, classes: list | None, source: str) -> None:
+    """Refuse rows to evaluate on whose labels are none of the training rows' classes, or no numbers in regression."""
+    for number, value in enumerate(rows[label][:], start=1):
+        if isinstance(value, str) if classes is None else value not in classes:
+            known = "numbers" if classes is None else ", ".join(map(repr, classes))
+            raise ValueError(
+                f"data={source!r}, row {number}: field {label!r} has {value!r}, the training rows have {known}. Remove "
+                "the row, or train on rows with that label."
+            )
+
+
+def hold_out(rows, count: int, source: str) -> tuple:
+    """Training rows, and up to `count` rows, at most a fifth, to evaluate on; always the same ones.
+
+    Raises:
+        ValueError: there are fewer than 5 rows.
+    """
+    if len(rows) < 5:
+        raise ValueError(
+            f"data={source!r} has {len(rows)} rows, too few to hold some out for evaluation: give at least 5, or "
+            "eval_data."
+        )
+    parts = rows.train_test_split(test_size=min(count, len(rows) // 5), seed=0)
+    return parts["train"], parts["test"]
+
+
+def encode(rows, tokenizer, task: str, fields: Fields, max_length: int, classes: list | None = None):
+    """Map rows to `input_ids`, `attention_mask` and labels; prompts of prompt-completion rows are not trained on.
+
+    Labels are the places of the rows' labels in `classes`; None keeps them, as numbers.
+    """
+    number_of = {value: number for number, value in enumerate(classes or ())}
 
     def classification(row: dict) -> dict:
-        if row[fields.label] is None:
-            raise ValueError(f"a row has no {fields.label!r}: {row!r}. Remove it, or name another --label-field.")
-        encoded = tokenizer(*(row[name] for name in fields.text), truncation=True, max_length=max_length)
-        return {**encoded, "labels": row[fields.label]}
+        texts = (str(row[name]) for name in fields.text)
+        label = float(row[fields.label]) if classes is None else number_of[row[fields.label]]
+        return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": label}
 
     def causal(row: dict) -> dict:
         if fields.completion:
-            prompt = tokenizer(f"{row[fields.prompt]}\n")["input_ids"]
-            answer = tokenizer(row[fields.completion], add_special_tokens=False)["input_ids"]
+            about = f"{row[fields.input]}\n" if row.get(fields.input) else ""
+            prompt = tokenizer(f"{row[fields.prompt]}\n{about}")["input_ids"]
+            answer = tokenizer(str(row[fields.completion]), add_special_tokens=False)["input_ids"]
         else:
-            prompt, answer = [], tokenizer(row[fields.text[0]])["input_ids"]
+            prompt, answer = [], tokenizer(str(row[fields.text[0]]))["input_ids"]
         ids = (prompt + answer + [tokenizer.eos_token_id])[:max_length]
         labels = ([IGNORED_LABEL] * len(prompt) + answer + [tokenizer.eos_token_id])[:max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}

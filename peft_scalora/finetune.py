@@ -7,10 +7,12 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,57 +28,12 @@ from transformers import (
 from .callbacks import ScaLoRACallback
 from .checkpoints import last_complete_checkpoint
 from .config import ScaLoRAConfig
-from .data import Fields, encode, find_fields, load_rows
+from .data import Fields, check_labels, check_rows, encode, find_classes, find_fields, hold_out, load_rows
 from .files import replace_file
+from .finetune_settings import METRICS_NAME, FinetuneSettings, claim_output, finished_metrics
+from .fingerprint import fingerprint
 from .plots import plot_lines
 from .rank import effective_rank
-
-TASKS = ("causal-lm", "classification")
-METHODS = ("scalora", "lora")
-METRICS_NAME = "metrics.json"
-
-
-@dataclass
-class FinetuneSettings:
-    """Everything that decides a run; saved with its results."""
-
-    model: str
-    data: str
-    task: str
-    output: str
-    method: str = "scalora"
-    eval_data: str | None = None
-    test_data: str | None = None
-    text_fields: tuple[str, ...] = ()
-    label_field: str = ""
-    prompt_field: str = ""
-    completion_field: str = ""
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: str = "all-linear"
-    scaling: str = "column"
-    scaling_interval: int = 10
-    smoothness: float | str = "auto"
-    accumulator_rank: int | None = None
-    learning_rate: float = 2e-4
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    epochs: float = 1.0
-    max_steps: int = -1
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    max_length: int = 512
-    eval_rows: int = 500
-    logging_steps: int = 10
-    save_steps: int = 200
-    seed: int = 0
-    bf16: bool = False
-
-    def __post_init__(self):
-        for name, choices in (("task", TASKS), ("method", METHODS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -106,13 +63,14 @@ class _StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def adapter_config(settings: FinetuneSettings) -> LoraConfig:
+def adapter_config(settings: FinetuneSettings, modules_to_save: list[str] | None = None) -> LoraConfig:
     """The PEFT configuration of the run's method; LoRA and ScaLoRA get the same fields."""
     shared = {
         "r": settings.r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
-        "target_modules": settings.target_modules,
+        "target_modules": _target_names(settings) or ALL_LINEAR,
+        "modules_to_save": modules_to_save,
         "task_type": "SEQ_CLS" if settings.task == "classification" else "CAUSAL_LM",
     }
     if settings.method == "lora":
@@ -142,20 +100,20 @@ def classification_metrics(prediction) -> dict[str, float]:
 def finetune(settings: FinetuneSettings) -> dict:
     """Run, or continue, the fine-tuning and return its metrics; everything lands below `settings.output`.
 
-    Writes the adapter with its model card, metrics.json, loss.png and scalora_rank.png. An interrupted run continues
-    from its last checkpoint; a finished one returns its metrics.
+    Writes settings.json, the adapter with its model card, metrics.json, loss.png and scalora_rank.png. An interrupted
+    run continues from its last checkpoint; a finished one returns its metrics.
 
     Raises:
-        OSError: the output folder cannot be written to. ValueError: data or settings do not fit.
-        NonFiniteLoss: training diverged.
+        OSError: the output folder cannot be written to. ValueError: data or settings do not fit, or the folder holds
+            a run with other settings or another base model. NonFiniteLoss: training diverged.
     """
-    metrics_path = os.path.join(settings.output, METRICS_NAME)
-    finished = _finished_metrics(metrics_path, settings)
+    finished = finished_metrics(settings)
     if finished is not None:
         return finished
-    _check_writable(settings.output)
+    claim_output(settings)  # before hours of training whose result could not be saved
     set_seed(settings.seed)
-    (train_rows, eval_rows, test_rows), tokenizer, model = _prepare(settings)
+    (train_rows, eval_rows, test_rows), tokenizer, model, classes = _prepare(settings)
+    claim_output(settings, fingerprint(model, model.peft_config["default"].modules_to_save))
     trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
     times = _StepTimes()
     trainer.add_callback(times)
@@ -171,77 +129,108 @@ def finetune(settings: FinetuneSettings) -> dict:
     metrics |= _model_metrics(model, settings.output)
     metrics["median_seconds_per_step"] = statistics.median(times.seconds) if times.seconds else None
     metrics["steps"] = trainer.state.global_step
+    metrics["labels"] = classes
     metrics["settings"] = asdict(settings)
     metrics["log"] = trainer.state.log_history
     _plot_loss(os.path.join(settings.output, "loss.png"), trainer.state.log_history)
-    replace_file(metrics_path, json.dumps(metrics, indent=1, default=str))
+    replace_file(os.path.join(settings.output, METRICS_NAME), json.dumps(metrics, indent=1, default=str))
     return metrics
 
 
 def make_trainer(settings: FinetuneSettings) -> Trainer:
     """The Trainer of a run with fresh weights, for searches: it logs nothing of its own and does not stop by itself."""
     set_seed(settings.seed)
-    (train_rows, eval_rows, _), tokenizer, model = _prepare(settings)
+    (train_rows, eval_rows, _), tokenizer, model, _ = _prepare(settings)
     trainer = _build_trainer(settings, model, tokenizer, train_rows, eval_rows)
     trainer.remove_callback(_StopOnNonFiniteLoss)
     trainer.remove_callback(ScaLoRACallback)
     return trainer
 
 
-def _finished_metrics(path: str, settings: FinetuneSettings) -> dict | None:
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        metrics = json.load(file)
-    wanted = json.loads(json.dumps(asdict(settings)))
-    changed = {name for name in wanted if wanted[name] != metrics["settings"].get(name)}
-    if changed - {"output"}:
-        raise ValueError(
-            f"output={settings.output!r} holds a finished run with other settings ({', '.join(sorted(changed))}): "
-            "choose another folder."
-        )
-    return metrics
-
-
-def _check_writable(folder: str) -> None:
-    """Find out before hours of training that its result cannot be saved."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        replace_file(os.path.join(folder, ".writable"), "")
-        os.unlink(os.path.join(folder, ".writable"))
-    except OSError as error:
-        raise OSError(f"output={folder!r} cannot be written to: {error}. Choose another folder.") from error
-
-
 def _prepare(settings: FinetuneSettings):
-    rows = load_rows(settings.data)
-    given = Fields(settings.text_fields, settings.label_field, settings.prompt_field, settings.completion_field)
-    fields = find_fields(rows.column_names, settings.task, given)
-    if settings.eval_data:
-        eval_rows = load_rows(settings.eval_data, split="validation")
-    else:
-        parts = rows.train_test_split(test_size=min(settings.eval_rows, len(rows) // 5), seed=0)
-        rows, eval_rows = parts["train"], parts["test"]
-    eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
-    test_rows = load_rows(settings.test_data, split="test") if settings.test_data else None
-
+    """The encoded rows to train, evaluate and test on, the tokenizer, the model and the classes it tells apart."""
+    parts, fields, classes = _load_data(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model = _adapted_model(settings, classes)
     if settings.task == "classification":
-        labels = rows[fields.label]
-        count = 1 if isinstance(labels[0], float) else len(set(labels))
-        model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=count)
         model.config.pad_token_id = tokenizer.pad_token_id
+    parts = [part and encode(part, tokenizer, settings.task, fields, settings.max_length, classes) for part in parts]
+    return parts, tokenizer, model, classes
+
+
+def _load_data(settings: FinetuneSettings) -> tuple[list, Fields, list | None]:
+    """Checked rows to train, evaluate and, or None, test on; their fields; the classes of the labels."""
+    rows = load_rows(settings.data)
+    given = Fields(settings.text_fields, settings.label_field, settings.prompt_field, settings.completion_field)
+    fields = find_fields(rows.column_names, settings.task, given)
+    check_rows(rows, fields, settings.data)
+    classes = find_classes(rows, fields.label, settings.data) if fields.label else None
+
+    def others(source: str, split: str):
+        found = load_rows(source, split)
+        check_rows(found, fields, source)
+        if fields.label:
+            check_labels(found, fields.label, classes, source)
+        return found
+
+    if settings.eval_data:
+        eval_rows = others(settings.eval_data, "validation")
     else:
-        dtype = torch.bfloat16 if settings.bf16 else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    model = get_peft_model(model, adapter_config(settings))
-    parts = [
-        part and encode(part, tokenizer, settings.task, fields, settings.max_length)
-        for part in (rows, eval_rows, test_rows)
-    ]
-    return parts, tokenizer, model
+        rows, eval_rows = hold_out(rows, settings.eval_rows, settings.data)
+    eval_rows = eval_rows.select(range(min(settings.eval_rows, len(eval_rows))))
+    test_rows = others(settings.test_data, "test") if settings.test_data else None
+    return [rows, eval_rows, test_rows], fields, classes
+
+
+def _adapted_model(settings: FinetuneSettings, classes: list | None):
+    model, loading = _load_model(settings, classes)
+    names = [name for name, _ in model.named_modules() if name]
+    for target in _target_names(settings):
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"target_modules={settings.target_modules!r}: {settings.model!r} has no module named {target}. Name "
+                f"modules it has, comma-separated, or {ALL_LINEAR}."
+            )
+    fresh = _fresh_modules(model, loading["missing_keys"], settings.model)
+    # PEFT saves these heads by itself, with every module whose name ends so, and would adapt the latter besides.
+    heads = SEQ_CLS_HEAD_NAMES if settings.task == "classification" else []
+    whole = fresh | {name for name in names if name.endswith(tuple(heads))}
+    outermost = {name for name in whole if not any(name.startswith(f"{other}.") for other in whole)}
+    return get_peft_model(model, adapter_config(settings, sorted(outermost - set(heads)) or None))
+
+
+def _target_names(settings: FinetuneSettings) -> list[str]:
+    """The names given; empty for all linear modules."""
+    if settings.target_modules == ALL_LINEAR:
+        return []
+    return [name.strip() for name in settings.target_modules.split(",")]
+
+
+def _fresh_modules(model, missing_keys: set[str], source: str) -> set[str]:
+    """Modules that the base model's files lack: random at every load, so they are trained and saved whole."""
+    fresh = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name in missing_keys}
+    for name in fresh:
+        if any(True for _ in model.get_submodule(name).children()):
+            raise ValueError(
+                f"model={source!r} lacks a weight of {name or type(model).__name__}, which would be random at every "
+                "load and cannot be saved with the adapter: complete the model first."
+            )
+    return fresh
+
+
+def _load_model(settings: FinetuneSettings, classes: list | None) -> tuple:
+    """The base model and which of its weights its files lack."""
+    if settings.task == "causal-lm":
+        auto, options = AutoModelForCausalLM, {"dtype": torch.bfloat16 if settings.bf16 else torch.float32}
+    elif classes is None:
+        auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
+    else:
+        names = [str(value) for value in classes]
+        numbers = {name: number for number, name in enumerate(names)}
+        auto, options = AutoModelForSequenceClassification, {"id2label": dict(enumerate(names)), "label2id": numbers}
+    return auto.from_pretrained(settings.model, output_loading_info=True, **options)
 
 
 def _build_trainer(settings: FinetuneSettings, model, tokenizer, train_rows, eval_rows) -> Trainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
@@ -11,21 +12,25 @@ from torch import Tensor, nn
 _SAMPLED_WEIGHTS = 32
 # A weight in bfloat16 is within 2^-8 of the one in float32; training on moves most of them further than this.
 _RELATIVE, _ABSOLUTE = 2**-7, 1e-6
-# Heads that PEFT trains whole: in a base model that has none yet they are random, and differ from load to load.
+# Heads that PEFT trains whole: random where the base model has none yet, and with as many rows as there are labels.
 _HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter", "trainable_tokens")
 
 
-def fingerprint(model: nn.Module) -> dict:
+def fingerprint(model: nn.Module, modules_to_save: Collection[str] | None = None) -> dict:
     """{"weights": hash of all names and shapes, "values": two values of each of up to 32 weights, or None}.
 
     The same for a model with and without adapters, in any floating-point type, and quantized by bitsandbytes or
-    torchao: weights that are quantized, sharded or not in memory have None for values.
+    torchao: weights that are quantized, sharded or not in memory have None for values. So have those of
+    `modules_to_save`: the adapter brings its own, and where the base model has none they are random at every load.
     """
     weights = _base_weights(model)
     shapes = sorted((name, list(_shape(weight))) for name, weight in weights.items())
     sampled = sorted(weights, key=lambda name: _hash(name))[:_SAMPLED_WEIGHTS]
-    return {"weights": _hash(shapes)[:16], "values": [value for name in sampled for value in _values(weights[name])]}
+    values = []
+    for name in sampled:
+        values += [None, None] if _in_modules(name, modules_to_save or ()) else _values(weights[name])
+    return {"weights": _hash(shapes)[:16], "values": values}
 
 
 def short(recorded: dict) -> str:
@@ -65,6 +70,12 @@ def _base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         if name.endswith("weight") and not in_head and not any(part in name for part in _ADAPTER_PARTS):
             weights[name] = parameter
     return weights
+
+
+def _in_modules(weight: str, modules_to_save: Collection[str]) -> bool:
+    """PEFT takes every module whose name ends so: "classifier" is "pre_classifier" too."""
+    parts = weight.split(".")
+    return any(".".join(parts[:end]).endswith(tuple(modules_to_save)) for end in range(1, len(parts)))
 
 
 def _shape(weight: nn.Parameter) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -38,6 +39,15 @@ def save_classifier(folder, **overrides) -> str:
         **overrides,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_encoder(folder, config=None) -> str:
+    """A model without a classification head; that of `save_classifier` unless another configuration is given."""
+    set_seed(0)
+    bert = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    AutoModel.from_config(config or bert).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
 

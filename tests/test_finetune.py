@@ -83,7 +83,7 @@ def test_a_finished_run_returns_its_metrics_and_refuses_other_settings(tmp_path)
     changed = (tmp_path / "run" / "adapter_model.safetensors").stat().st_mtime_ns
     assert finetune(settings(tmp_path))["eval_loss"] == first["eval_loss"]
     assert (tmp_path / "run" / "adapter_model.safetensors").stat().st_mtime_ns == changed
-    with pytest.raises(ValueError, match="finished run with other settings \\(r\\)"):
+    with pytest.raises(ValueError, match="a finished run with other settings \\(r=2 there, 3 here\\)"):
         finetune(settings(tmp_path, r=3))
 
 

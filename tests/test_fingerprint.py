@@ -65,6 +65,23 @@ def test_it_is_of_names_shapes_and_values():
     assert fingerprint(model) == found, "biases may be trained beside the adapter"
 
 
+def test_modules_to_save_have_no_values():
+    """The same names, shapes and places, so that fingerprints with and without them compare."""
+    model = nn.ModuleDict(
+        {"a": nn.Linear(3, 2), "pre_b": nn.ModuleDict({"inner": nn.Linear(2, 2)}), "c": nn.Linear(2, 2)}
+    )
+    whole, part = fingerprint(model), fingerprint(model, ["b"])
+    assert part["weights"] == whole["weights"] and part["values"].count(None) == 2
+    with torch.no_grad():
+        model["pre_b"]["inner"].weight.add_(1)
+    assert fingerprint(model, ["b"]) == part
+    assert difference(whole, fingerprint(model)) is not None
+    assert difference(whole, fingerprint(model, ["b"])) is difference(part, fingerprint(model)) is None
+    with torch.no_grad():
+        model["c"].weight.add_(1)
+    assert difference(part, fingerprint(model, ["b"])) == "2 of 4 sampled weights have another value"
+
+
 def test_it_reads_few_values_of_a_large_model():
     wide = nn.Sequential(*(nn.Linear(4, 4) for _ in range(100)))
     assert len(fingerprint(wide)["values"]) == 64

@@ -49,7 +49,7 @@ class ScaLoRAModel(LoraModel):
     def _pre_injection_hook(self, model: nn.Module, config: ScaLoRAConfig, adapter_name: str) -> None:
         """Take the fingerprint while the base model is whole: it may be sharded by the time it is saved."""
         super()._pre_injection_hook(model, config, adapter_name)
-        self.base_fingerprint = fingerprint(model)
+        self.base_fingerprint = fingerprint(model, config.modules_to_save)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; one that is added with the very configuration of a rescaled one becomes a copy of it.
@@ -105,7 +105,7 @@ class ScaLoRAModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         _warn_if_never_rescaled(model, adapter_name, config)
-        config.base_fingerprint = _base_fingerprint(model)
+        config.base_fingerprint = _base_fingerprint(model, config)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -171,15 +171,15 @@ class ScaLoRAModel(LoraModel):
                 _combine_accumulated(layer, parts, adapter_name, rank)
 
 
-def _base_fingerprint(model: nn.Module) -> dict:
+def _base_fingerprint(model: nn.Module, config: ScaLoRAConfig) -> dict:
     """Of a PeftModel, or of a transformers model that carries the adapter itself."""
     tuner = getattr(model, "base_model", None)
-    return tuner.base_fingerprint if isinstance(tuner, ScaLoRAModel) else fingerprint(model)
+    return tuner.base_fingerprint if isinstance(tuner, ScaLoRAModel) else fingerprint(model, config.modules_to_save)
 
 
 def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:
     """A warning, not an error: with another adapter merged into it, or a larger vocabulary, it may be meant."""
-    recorded, current = config.base_fingerprint, _base_fingerprint(model)
+    recorded, current = config.base_fingerprint, _base_fingerprint(model, config)
     if recorded is None:
         return
     if reason := difference(recorded, current):

@@ -10,7 +10,7 @@ from helpers_adapters import save
 from helpers_models import KINDS, every_layer_kind, fill, scalora_config, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DistilBertConfig
 
 from peft_scalora.fingerprint import check, difference, fingerprint, short
 
@@ -181,7 +181,6 @@ def test_a_fresh_classification_head_does_not_make_another_base(tmp_path):
 
     from helpers_runs import save_classifier
     from peft import PeftModel, get_peft_model
-    from transformers import AutoModel, AutoModelForSequenceClassification
 
     from peft_scalora import ScaLoRAConfig
 
@@ -194,3 +193,30 @@ def test_a_fresh_classification_head_does_not_make_another_base(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*fingerprint.*")
         PeftModel.from_pretrained(second, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("recorded_before", [False, True])
+def test_fresh_modules_that_are_trained_whole_do_not_make_another_base(tmp_path, recorded_before):
+    """Those are random in every load, and part of the adapter; fingerprints once held their values."""
+    config = DistilBertConfig(vocab_size=20, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+
+    def load():
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    first, second = load(), load()
+    assert not first.pre_classifier.weight.equal(second.pre_classifier.weight)
+    config = scalora_config(target_modules=["q_lin"], modules_to_save=["pre_classifier"], task_type="SEQ_CLS")
+    before = fingerprint(first)
+    save(get_peft_model(first, config), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["base_fingerprint"]["weights"] == before["weights"]
+    if recorded_before:
+        path.write_text(json.dumps(saved | {"base_fingerprint": before}))
+    assert difference(before, fingerprint(second))
+    assert not warned(lambda: PeftModel.from_pretrained(second, tmp_path / "adapter"))
+    other = load()
+    with torch.no_grad():
+        other.distilbert.embeddings.word_embeddings.weight.add_(1)
+    assert warned(lambda: PeftModel.from_pretrained(other, tmp_path / "adapter"))

@@ -24,8 +24,8 @@ def token_rows(count=64):
     return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
 
 
-def make_trainer(folder, callbacks=(), peft_config=None, **arguments):
-    model = get_peft_model(language_model(), peft_config or config())
+def make_trainer(folder, callbacks=(), peft_config=None, model=None, **arguments):
+    model = model or get_peft_model(language_model(), peft_config or config())
     settings = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -120,6 +120,27 @@ def test_callback_without_the_trainer_writes_to_the_log_history(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "scalora/effective_rank" in entry]
     assert [entry["step"] for entry in logged] == [5, 10, 15, 20]
     assert not (tmp_path / "scalora_rank.png").exists()
+
+
+def test_callback_where_transformers_carries_the_adapter(tmp_path):
+    model = language_model()
+    model.add_adapter(config())
+    trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)], model=model)
+    trainer.train()
+    logged = [e["scalora/effective_rank"] for e in trainer.state.log_history if "scalora/effective_rank" in e]
+    ranks = effective_rank(model)
+    assert logged[-1] == pytest.approx(sum(ranks.values()) / len(ranks))
+
+
+def test_callback_means_over_all_active_adapters(tmp_path):
+    model = get_peft_model(language_model(), config())
+    model.add_adapter("other", config(r=3, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)], model=model)
+    trainer.train()
+    logged = [e["scalora/effective_rank"] for e in trainer.state.log_history if "scalora/effective_rank" in e]
+    ranks = [*effective_rank(model).values(), *effective_rank(model, adapter_name="other").values()]
+    assert logged[-1] == pytest.approx(sum(ranks) / len(ranks))
 
 
 def test_callback_follows_plain_lora_too(tmp_path):

@@ -95,18 +95,7 @@ def export_merged_folder(
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"adapter={folder!r} does not say which base model it was trained on: name it with base.")
-    model = PeftModel(_load_base(base, config, state), config)
-    # PEFT saves trained embeddings, and what is tied to them, twice.
-    twice = (".modules_to_save.", ".token_adapter.")
-    unexpected = set_peft_model_state_dict(model, state).unexpected_keys
-    unexpected = [key for key in unexpected if not any(part in key for part in twice)]
-    missing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() - state.keys()
-    if missing or unexpected:
-        raise ValueError(
-            f"adapter={folder!r} does not fit base={base!r}, loaded as {type(model.get_base_model()).__name__}: it has "
-            f"no {sorted(missing)[:2]}, and the model has no {sorted(unexpected)[:2]}. {_LOAD_IT}"
-        )
-    report = export_merged(model, path, dtype=dtype)
+    report = export_merged(_with_adapter(_load_base(base, config, state), config, state), path, dtype=dtype)
     for source in (folder, base):
         if not os.path.isdir(source) or os.path.exists(os.path.join(source, "tokenizer_config.json")):
             AutoTokenizer.from_pretrained(source).save_pretrained(path)
@@ -129,6 +118,22 @@ def _load_base(base: str, config: ScaLoRAConfig, state: dict[str, Tensor]) -> Pr
             f"adapter: they would be random. {_LOAD_IT}"
         )
     _resize_embeddings(model, state)
+    return model
+
+
+def _with_adapter(base: PreTrainedModel, config: ScaLoRAConfig, state: dict[str, Tensor]) -> PeftModel:
+    """The model with the adapter, all of whose tensors have to have a place in it, and it none without one."""
+    model = PeftModel(base, config)
+    unexpected = set_peft_model_state_dict(model, state).unexpected_keys
+    # PEFT saves trained embeddings, and what is tied to them, twice.
+    twice = (".modules_to_save.", ".token_adapter.")
+    unexpected = sorted(key for key in unexpected if not any(part in key for part in twice))
+    missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - state.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the adapter does not fit base={base.name_or_path!r}, loaded as {type(base).__name__}: the adapter lacks "
+            f"{len(missing)} tensors {missing[:2]}, the model {len(unexpected)} {unexpected[:2]}. {_LOAD_IT}"
+        )
     return model
 
 

@@ -237,7 +237,7 @@ def test_errors_name_field_and_remedy(tmp_path):
 
 
 def test_info_and_effective_rank_count_singular_values(tmp_path):
-    model = trained_llama()
+    model = trained_llama(**ANCHORED)
     model.save_pretrained(tmp_path / "adapter")
     info, ranks = adapter_info(str(tmp_path / "adapter"), tol=0.05), effective_rank(model, tol=0.05)
     assert info["bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size

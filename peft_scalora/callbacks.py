@@ -73,8 +73,10 @@ class ScaLoRACallback(TrainerCallback):
             plot_lines(os.path.join(args.output_dir, PLOT_NAME), self._panels())
 
     def _figures(self, model, step: int) -> dict[str, float]:
-        ranks = effective_rank(model, self.tol, model.active_adapter)
-        figures = {"scalora/effective_rank": sum(ranks.values()) / len(ranks)}
+        adapters = model.active_adapters
+        adapters = adapters() if callable(adapters) else adapters  # a method where transformers carries the adapter
+        ranks = [rank for adapter in adapters for rank in effective_rank(model, self.tol, adapter).values()]
+        figures = {"scalora/effective_rank": sum(ranks) / len(ranks)}
         self._read_pending()
         if self._layers:
             figures |= {f"scalora/{rule}": self._scaled[rule] / self._layers for rule in RULES}

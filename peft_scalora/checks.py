@@ -27,6 +27,7 @@ _OTHER_WEIGHTS = {
 }
 # Where a layer's factors are, linear and convolution layers first, then embeddings.
 FACTOR_KEYS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
+PREFIX = "base_model.model."  # of a saved layer, before its name in the base model
 STATE_KEYS = ("scalora_U.weight", "scalora_V.weight", "scalora_norms.weight", "scalora_progress.weight")
 _REMEDY = "The adapter is damaged or not what it says: fetch or save it again."
 
@@ -80,7 +81,7 @@ def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, confi
     if not any(name + key in shapes for key in STATE_KEYS):
         return  # plain LoRA, in a shape that PEFT knows
     A, B = shapes[name + suffix_A], shapes.get(name + suffix_B, ())
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name.removesuffix(".")), config.r)
+    r = pattern_value(config.rank_pattern, name.removesuffix("."), config.r)
     out_features, in_features = B[0] if B else 0, prod(A[1:])
     R = config.accumulator_rank_for(r, out_features, in_features)
     dense = config.accumulator == "dense"
@@ -92,6 +93,13 @@ def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, confi
                 f"{source} has {name}{key} of shape {shapes.get(name + key, 'missing')} where r={r}, accumulator="
                 f"{config.accumulator!r} and accumulator_rank={config.accumulator_rank} want {shape}. {_REMEDY}"
             )
+
+
+def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """What rank_pattern or alpha_pattern says of a saved layer, matched as PEFT does: by its name in the base model."""
+    # Within an attention that is adapted as a whole, its output projection has a layer of its own.
+    name = name.removeprefix(PREFIX).partition(".base_layer.")[0]
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 
 def check_values(state: Mapping[str, Tensor], source: str) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from .accumulator import singular_values, truncate
 from .card import exported_card, results_of
-from .checks import WEIGHTS_NAME
+from .checks import PREFIX, WEIGHTS_NAME
 from .config import ScaLoRAConfig
 from .files import new_folder, replace_file
 from .layer import ScaLoRALayer
@@ -46,7 +50,7 @@ class ExportReport:
 
 
 def export_lora(
-    model: PeftModel, path: str | os.PathLike, adapter_name: str = "default", rank: int | None = None
+    model: PeftModel | PreTrainedModel, path: str | os.PathLike, adapter_name: str = "default", rank: int | None = None
 ) -> ExportReport:
     """Write the adapter as plain LoRA: exact with rank r + R, or truncated to `rank` with its error in the report.
 
@@ -60,17 +64,30 @@ def export_lora(
     if not any(isinstance(layer, ScaLoRALayer) for layer in layers.values()):
         raise ValueError(f"model has no ScaLoRA adapter adapter_name={adapter_name!r} to export.")
     config = model.peft_config[adapter_name]
-    state = {k: v.cpu() for k, v in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
+    # A transformers model that carries the adapter itself has not the names of a saved one.
+    prefix = "" if isinstance(model, PeftModel) else PREFIX
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # Copies: tied modules share tensors, which a safetensors file cannot.
+    copied = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    state = {prefix + key: value.detach().to(**copied) for key, value in state.items()}
     saved = saved_layers(state, config)
-    relative = {name: float(layers[name].scaling[adapter_name]) / layer.scaling for name, layer in saved.items()}
-    return _export(saved, state, config, os.fspath(path), rank, relative, {})
+    saved = {name: _as_scaled(layer, layers[name.removeprefix(prefix)], adapter_name) for name, layer in saved.items()}
+    return _export(saved, state, config, os.fspath(path), rank, {})
+
+
+def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
+    """With the scale that the layer has, which need not be that of its configuration."""
+    if saved.U is None:
+        return saved
+    U = saved.U * float(layer._relative_scale(adapter))
+    return replace(saved, scaling=float(layer.scaling[adapter]), U=U)
 
 
 def export_folder(folder: str, path: str, rank: int | None = None) -> ExportReport:
     """The same from a saved adapter folder, without its base model."""
     config, state = read_adapter(folder)
     saved = saved_layers(state, config)
-    return _export(saved, state, config, path, rank, dict.fromkeys(saved, 1.0), results_of(folder))
+    return _export(saved, state, config, path, rank, results_of(folder))
 
 
 def _export(
@@ -79,7 +96,6 @@ def _export(
     config: ScaLoRAConfig,
     path: str,
     rank: int | None,
-    relative_scale: dict[str, float],
     results: dict[str, float],
 ) -> ExportReport:
     if rank is not None and rank < 1:
@@ -88,7 +104,7 @@ def _export(
     factors, whole, lost = {}, {}, {}
     for name, layer in rescaled.items():
         P, Q = layer.change_factors()
-        factors[name], whole[name], lost[name] = _truncated(P * relative_scale[name], Q, rank)
+        factors[name], whole[name], lost[name] = _truncated(P, Q, rank)
     new_rank = max(Q.shape[0] for _, Q in factors.values())
 
     state = {key: value for key, value in state.items() if ".scalora_" not in key}
@@ -96,7 +112,7 @@ def _export(
         _put_factors(state, layer, *factors[name], new_rank)
         bias = layer.key_B.removesuffix("weight") + "bias"
         if bias in state:
-            state[bias] = state[bias] * layer.scaling * relative_scale[name]
+            state[bias] = state[bias] * layer.scaling
     plain = {name: layer for name, layer in layers.items() if layer.U is None}
     error = (sum(lost.values()) / sum(whole.values())) ** 0.5 if sum(whole.values()) else 0.0
     layer_errors = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in rescaled}
@@ -134,7 +150,8 @@ def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]
     kept = {name: getattr(config, name) for name in names}
     kept.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
     for name, layer in plain.items():
-        key, r = name.removeprefix("base_model.model."), layer.lora_A.shape[0]
+        # The whole name: PEFT would take a bare one for the end of others too.
+        key, r = "^" + re.escape(name.removeprefix(PREFIX)), layer.lora_A.shape[0]
         kept["rank_pattern"][key], kept["alpha_pattern"][key] = r, layer.scaling * r
     plain_config = LoraConfig(**kept | {"inference_mode": True})
     for name, value in vars(plain_config).items():

@@ -7,6 +7,7 @@ import tempfile
 
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
+from torch import nn
 
 
 def push_to_hub(
@@ -24,8 +25,13 @@ def push_to_hub(
     the one that says how to load the adapter.
 
     Raises:
-        FileNotFoundError: source is no model and no folder with a configuration.
+        FileNotFoundError: source is no folder with a configuration. ValueError: it is a model, but no PeftModel.
     """
+    if isinstance(source, nn.Module) and not isinstance(source, PeftModel):
+        raise ValueError(
+            f"push_to_hub takes a PeftModel or a folder, not {type(source).__name__}: call "
+            "model.save_pretrained(folder) and push the folder."
+        )
     if isinstance(source, PeftModel):
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)

@@ -14,7 +14,8 @@ from torch import Tensor
 def add_low_rank_reference(
     y_TM: Tensor, x_TN: Tensor, A_RN: Tensor, B_MR: Tensor, U_MK: Tensor, V_KN: Tensor, s: float, u: float
 ) -> Tensor:
-    """y + s B A x + u U V x by differentiable operations: what the functions below compute, and what is compiled."""
+    """y + s B A x + u U V x by differentiable operations: what the functions below compute, and what is compiled and
+    traced."""
     y_TM = y_TM + F.linear(F.linear(x_TN, A_RN) * s, B_MR)
     return y_TM + F.linear(F.linear(x_TN, V_KN.to(x_TN.dtype)) * u, U_MK.to(x_TN.dtype))
 
@@ -27,6 +28,8 @@ def add_low_rank(
     x, A and B have one dtype, in which the products are taken; U and V are cast to it. The result has the dtype that y
     and the products promote to.
     """
+    if torch.jit.is_tracing():
+        return add_low_rank_reference(y_TM, x_TN, A_RN, B_MR, U_MK, V_KN, s, u)
     return _LowRank.apply(y_TM, x_TN, None, None, A_RN, B_MR, U_MK, V_KN, s, u)[0]
 
 
@@ -43,6 +46,8 @@ def linear_plus_low_rank(
 ) -> Tensor:
     """W x + b + s B A x + u U V x for frozen W and b, all products added in place: nothing of the size of the output is
     made twice, forward or backward. x, W, b, A and B have one dtype."""
+    if torch.jit.is_tracing():
+        return add_low_rank_reference(F.linear(x_TN, W_MN, b_M), x_TN, A_RN, B_MR, U_MK, V_KN, s, u)
     return _LowRank.apply(None, x_TN, W_MN, b_M, A_RN, B_MR, U_MK, V_KN, s, u)[0]
 
 

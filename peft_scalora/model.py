@@ -192,13 +192,23 @@ def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:
         )
 
 
+def embeddings_of(base: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Input and output embeddings of a transformers model; None for what it, or another model, does not have."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(base, name, None)
+        try:
+            found.append(None if get is None else get())
+        except NotImplementedError:  # so transformers says that there are none
+            found.append(None)
+    return tuple(found)
+
+
 def _refuse_base_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """A file could replace any weight of the base model unseen. PEFT saves embeddings (of a vocabulary that has grown)
     and biases with an adapter, nothing else."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    getters = [getattr(base, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    modules = [get() for get in getters if get is not None]
-    embeddings = {id(p) for module in modules if module is not None for p in module.parameters()}
+    embeddings = {id(p) for module in embeddings_of(base) if module is not None for p in module.parameters()}
     own = ("lora_", "modules_to_save.", "token_adapter.", "original_module.")
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         kept = id(tensor) in embeddings or name.endswith("bias") or any(part in name for part in own)

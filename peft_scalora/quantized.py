@@ -18,7 +18,8 @@ def dequantized(layer: nn.Module) -> Tensor | None:
             "The 4-bit base was evaluated on a CPU before it had the adapter: bitsandbytes has rounded its scales and "
             "packed it beyond recovery. Load the base model again, and add the adapter before evaluating."
         )
-    if weight is None and not hasattr(layer, "W_q"):
+    # A parametrized weight is computed anew whenever it is asked for, and is no parameter.
+    if not isinstance(weight, nn.Parameter) and not hasattr(layer, "W_q"):
         return None
     values = dequantize_module_weight(layer)
     return None if values is weight else values.detach().float()

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checks import FACTOR_KEYS, WEIGHTS_NAME, check_folder, check_values, refuse_other_weights
+from .checks import FACTOR_KEYS, WEIGHTS_NAME, check_folder, check_values, pattern_value, refuse_other_weights
 from .config import ScaLoRAConfig
 
 
@@ -59,8 +58,7 @@ def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Save
 
 
 def _scaling(config: LoraConfig, name: str, r: int) -> float:
-    key = get_pattern_key(config.alpha_pattern.keys(), name)
-    return config.alpha_pattern.get(key, config.lora_alpha) / (r**0.5 if config.use_rslora else r)
+    return pattern_value(config.alpha_pattern, name, config.lora_alpha) / (r**0.5 if config.use_rslora else r)
 
 
 def read_adapter(folder: str) -> tuple[ScaLoRAConfig, dict[str, Tensor]]:

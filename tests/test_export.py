@@ -1,11 +1,14 @@
+import copy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers_models import KINDS
 from helpers_runs import language_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from peft_scalora import ScaLoRAConfig, effective_rank, export_lora
@@ -54,8 +57,14 @@ def relative(left, right):
     return float((left - right).norm() / right.norm())
 
 
+ANCHORED = {  # by names in the base model, as in PEFT's documentation
+    "rank_pattern": {r"^model\.layers\.0\.self_attn\.v_proj": 4},
+    "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 40, "embed_tokens": 3},
+}
+
+
 @pytest.mark.parametrize(
-    "overrides", [{}, {"accumulator": "dense"}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 4}}]
+    "overrides", [{}, {"accumulator": "dense"}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 4}}, ANCHORED]
 )
 def test_exact_export_is_plain_lora_with_the_same_output(tmp_path, overrides):
     model = trained_llama(**overrides)
@@ -82,9 +91,12 @@ def test_exported_folder_loads_where_the_package_is_not_imported(tmp_path):
     assert relative(torch.load(tmp_path / "logits.pt"), logits(model)) < 1e-5
 
 
-def test_export_from_the_saved_folder_equals_export_from_the_model(tmp_path):
-    model = trained_llama()
+@pytest.mark.parametrize("overrides", [{}, ANCHORED])
+def test_export_from_the_saved_folder_equals_export_from_the_model(tmp_path, overrides):
+    model = trained_llama(**overrides)
     model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(language_model(), tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded), logits(model))
     export_lora(model, tmp_path / "one")
     export_folder(str(tmp_path / "adapter"), str(tmp_path / "two"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -132,6 +144,77 @@ def test_export_of_convolutions_with_a_plain_lora_layer_and_a_changed_scale(tmp_
     assert relative(plain(x), model(x)) < 1e-5
 
 
+class Suffixes(nn.Module):
+    """The name of the plain LoRA layer ends the name of a rescaled one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 8, 3, groups=2)
+        self.block = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3)})
+
+    def forward(self, x):
+        return self.block["conv"](torch.tanh(self.conv(x)))
+
+
+def test_export_keeps_apart_layers_of_which_one_name_ends_another(tmp_path):
+    config = ScaLoRAConfig(r=2, target_modules=["conv"], scaling_interval=2)
+    with pytest.warns(UserWarning, match="conv: rescaling is not defined"):
+        model = get_peft_model(Suffixes(), config)
+    train(model, lambda m: m(torch.randn(4, 4, 8, 8)))
+    export_lora(model, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(Suffixes(), str(tmp_path / "plain")).eval()
+    x = torch.randn(2, 4, 8, 8)
+    assert relative(plain(x), model(x)) < 1e-5
+
+
+def test_rank_pattern_of_an_attention_holds_for_its_output_projection(tmp_path):
+    kind = KINDS["MultiheadAttention"]
+    base, model = kind.filled(rank_pattern={"^mha": 4})
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    assert relative(loaded(kind.inputs()), model(kind.inputs())) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+)
+def test_export_with_tied_weights(tmp_path, overrides):
+    def base():
+        return language_model(tie_word_embeddings=True)
+
+    model = get_peft_model(base(), ScaLoRAConfig(**dict(r=2, scaling_interval=2, task_type="CAUSAL_LM") | overrides))
+    train(model, lambda m: m(input_ids=torch.randint(5, 17, (4, 8))).logits)
+    export_lora(model, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(base(), str(tmp_path / "plain")).eval()
+    assert relative(logits(plain), logits(base().eval())) > 1e-2
+    assert relative(logits(plain), logits(model)) < 1e-5
+
+
+def test_export_of_a_transformers_model_that_carries_the_adapter_itself(tmp_path):
+    model = language_model()
+    model.add_adapter(ScaLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], scaling_interval=2))
+    train(model, lambda m: m(input_ids=torch.randint(5, 17, (4, 8))).logits)
+    export_lora(model, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(language_model(), str(tmp_path / "plain")).eval()
+    assert relative(logits(plain), logits(language_model().eval())) > 1e-2
+    assert relative(logits(plain), logits(model)) < 1e-5
+
+
+def test_export_of_a_model_padded_for_hotswapping(tmp_path):
+    """The padded factors have another rank than the adapter was scaled for."""
+    model = trained_llama(target_modules=["q_proj", "v_proj"])
+    prepare_model_for_compiled_hotswap(model, target_rank=5)
+    export_lora(model, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(language_model(), str(tmp_path / "plain")).eval()
+    assert relative(logits(plain), logits(model)) < 1e-5
+
+
 def test_errors_name_field_and_remedy(tmp_path):
     model = trained_llama()
     with pytest.raises(ValueError, match="adapter_name='other'"):
@@ -154,7 +237,7 @@ def test_errors_name_field_and_remedy(tmp_path):
 
 
 def test_info_and_effective_rank_count_singular_values(tmp_path):
-    model = trained_llama()
+    model = trained_llama(**ANCHORED)
     model.save_pretrained(tmp_path / "adapter")
     info, ranks = adapter_info(str(tmp_path / "adapter"), tol=0.05), effective_rank(model, tol=0.05)
     assert info["bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size

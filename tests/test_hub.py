@@ -136,3 +136,7 @@ def test_what_the_hub_holds_is_checked(hub, trained, tmp_path):
 def test_what_is_no_adapter_is_not_pushed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
         push_to_hub(tmp_path, "me/nothing")
+    model = tiny_llama()
+    model.add_adapter(scalora_config(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"a PeftModel or a folder, not LlamaForCausalLM: call model\.save_pretrained"):
+        push_to_hub(model, "me/carried")

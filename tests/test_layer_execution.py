@@ -146,6 +146,15 @@ def test_filling_the_accumulator_does_not_recompile(fresh_compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python")
+def test_traced_model(tmp_path):
+    _, model = KINDS["Linear"].filled()
+    traced = torch.jit.trace(model, floats(3, 14))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    x = KINDS["Linear"].inputs()
+    assert distance(torch.jit.load(tmp_path / "traced.pt")(x), output(model, x)) < 1e-5
+
+
 def test_exported_program():
     _, model = KINDS["Linear"].filled()
     exported = torch.export.export(model.base_model.model, (floats(5, 14),))

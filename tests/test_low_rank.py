@@ -54,6 +54,18 @@ def test_value_and_gradients(base, K, lead):
 
 
 @pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("scale", [1.0, torch.tensor(0.5)])
+def test_trace_can_be_saved(tmp_path, base, scale):
+    def run(x):
+        return fused(t | {"x": x}, base, u=scale)
+
+    t = tensors()
+    torch.jit.save(torch.jit.trace(run, t["x"]), str(tmp_path / "trace.pt"))
+    x = tensors(lead=(3, 2), seed=1)["x"]
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "trace.pt"))(x), composed(t | {"x": x}, base, u=scale))
+
+
+@pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("trained", [("x", "A", "B"), ("A",), ("B",), ("x",)])
 def test_every_order_of_derivative_by_finite_differences(base, trained):
     t = tensors()

@@ -56,6 +56,25 @@ def test_hotswap_into_a_compiled_model(tmp_path):
     torch._dynamo.reset()
 
 
+def test_hotswap_into_padded_factors(tmp_path):
+    base, first, second, x = saved_pair(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first").eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert distance(output(model, x), output(first, x)) < 1e-5
+    hotswap_adapter(model, tmp_path / "second", adapter_name="default", torch_device="cpu")
+    assert distance(output(model, x), output(second, x)) < 1e-5
+
+
+def test_hotswap_after_preparing_overwrote_the_configured_rank_is_refused(tmp_path):
+    """Whether the ranks agree, and with them the scales of the accumulated changes, can no longer be told."""
+    base, first, _, x = saved_pair(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first").eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    with pytest.raises(ValueError, match="for r, 8 != 2"):
+        hotswap_adapter(model, tmp_path / "second", adapter_name="default", torch_device="cpu")
+    assert distance(output(model, x), output(first, x)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("field", "other"),
     [

@@ -24,8 +24,8 @@ def token_rows(count=64):
     return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
 
 
-def make_trainer(folder, callbacks=(), peft_config=None, **arguments):
-    model = get_peft_model(language_model(), peft_config or config())
+def make_trainer(folder, callbacks=(), peft_config=None, model=None, **arguments):
+    model = model or get_peft_model(language_model(), peft_config or config())
     settings = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -143,6 +143,27 @@ def test_callback_logs_every_epoch_and_lets_go_of_reports(tmp_path, monkeypatch)
         assert entry["scalora/column"] == sum(report.column for report in reports) / layers
         assert entry["scalora/fold_error"] == max(report.fold_error for report in reports)
     assert entry["scalora/discarded"] == pytest.approx(sum(report.discarded for report in seen))
+
+
+def test_callback_where_transformers_carries_the_adapter(tmp_path):
+    model = language_model()
+    model.add_adapter(config())
+    trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)], model=model)
+    trainer.train()
+    logged = [e["scalora/effective_rank"] for e in trainer.state.log_history if "scalora/effective_rank" in e]
+    ranks = effective_rank(model)
+    assert logged[-1] == pytest.approx(sum(ranks.values()) / len(ranks))
+
+
+def test_callback_means_over_all_active_adapters(tmp_path):
+    model = get_peft_model(language_model(), config())
+    model.add_adapter("other", config(r=3, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    trainer = make_trainer(tmp_path, callbacks=[ScaLoRACallback(plot=False)], model=model)
+    trainer.train()
+    logged = [e["scalora/effective_rank"] for e in trainer.state.log_history if "scalora/effective_rank" in e]
+    ranks = [*effective_rank(model).values(), *effective_rank(model, adapter_name="other").values()]
+    assert logged[-1] == pytest.approx(sum(ranks) / len(ranks))
 
 
 def test_callback_follows_plain_lora_too(tmp_path):

@@ -76,6 +76,15 @@ def finished_metrics(settings: FinetuneSettings) -> dict | None:
     return metrics
 
 
+def class_names(folder: str) -> list[str] | None:
+    """What the run in this folder calls its classes, by their number; None where it has none, or none is recorded."""
+    try:
+        with open(os.path.join(folder, METRICS_NAME), encoding="utf-8") as file:
+            return [str(label) for label in json.load(file)["labels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def claim_output(settings: FinetuneSettings, base_fingerprint: dict | None = None) -> None:
     """Write down in the output folder which run it holds: its settings and, once it is loaded, its base model.
 

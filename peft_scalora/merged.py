@@ -18,6 +18,7 @@ from .card import merged_card
 from .checks import PREFIX
 from .config import ScaLoRAConfig
 from .files import new_folder, replace_file
+from .finetune_settings import class_names
 from .layer import ScaLoRALayer
 from .model import embeddings_of
 from .quantized import dequantized
@@ -95,7 +96,12 @@ def export_merged_folder(
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"adapter={folder!r} does not say which base model it was trained on: name it with base.")
-    report = export_merged(_with_adapter(_load_base(base, config, state), config, state), path, dtype=dtype)
+    model = _load_base(base, config, state)
+    names = class_names(folder)
+    if names and len(names) == model.config.num_labels:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
+    report = export_merged(_with_adapter(model, config, state), path, dtype=dtype)
     for source in (folder, base):
         if not os.path.isdir(source) or os.path.exists(os.path.join(source, "tokenizer_config.json")):
             AutoTokenizer.from_pretrained(source).save_pretrained(path)

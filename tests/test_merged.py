@@ -1,6 +1,7 @@
 """Base model and adapter written as one model: against dense sums, and against what the adapted model computes."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -141,9 +142,12 @@ def test_command_merges_a_classifier_of_its_own_number_of_labels(tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
     model = fill(get_peft_model(base, scalora_config(target_modules=["query"], task_type="SEQ_CLS")), inputs=tokens())
     save(model, tmp_path / "adapter")
+    classes = ["bad", "poor", "fair", "good", "best"]
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps({"labels": classes}))
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert distance(output(loaded, tokens()), output(model, tokens())) < 1e-5
+    assert [loaded.config.id2label[number] for number in range(5)] == classes
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path):

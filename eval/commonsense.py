@@ -19,13 +19,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness.adapters import check_adapter, save_adapter
 from harness.generate import generate
 from harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
 from harness.models import load_causal_lm
+from harness.once import run_once
 from harness.prompts import with_labels
 from harness.ranks import over_ranks
-from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
+from harness.record import checkpoints, is_main_process, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
 from harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
 from transformers import DataCollatorForSeq2Seq
@@ -272,32 +272,29 @@ def run(
     tests = {task: load_rows(task, "test", data_dir).part(0, evaluation.test_rows) for task in evaluation.tasks}
     mixture = load_mixture(evaluation.tasks, data_dir, evaluation.train_rows, evaluation.dev_rows)
     parts = {"train": mixture[0], "dev": mixture[1], "test": tests.values()}
-    identity = "commonsense", saved, {split: [rows.record for rows in part] for split, part in parts.items()}
-    found = finished(output, *identity)
-    if keep_adapter:
-        check_adapter(settings.method, output, found)
-    if found is not None:
-        return found
-    with recorded(output, *identity) as result:
-        result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
-        tokenizer, model = load_causal_lm(settings)
-        check_length(model, longest([*mixture[1], *tests.values()], tokenizer))  # before hours of training
-        folder = checkpoints(output)
-        model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
-        result |= figures
-        # What an interrupted run has scored counts if it was of exactly this model: one with these dev metrics.
-        last = {name: value for name, value in figures["curve"][-1].items() if name != "seconds"}
-        folder = os.path.join(folder, f"scored-{short_hash(last)}")
-        with torch.no_grad():
-            by_task = score_tasks(
-                model.eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder
-            )
-        result["metrics"] = total(by_task)
-        result["predictions"] = [score.correct for scores in by_task.values() for score in scores]
-        result["prediction_tasks"] = [task for task, scores in by_task.items() for _ in scores]
-        if keep_adapter:
-            save_adapter(model, output, result)
-    return result
+    data = {split: [rows.record for rows in part] for split, part in parts.items()}
+
+    def make(result: dict):
+        return _train_and_score(evaluation, settings, mixture, tests, checkpoints(output), result)
+
+    return run_once(output, "commonsense", saved, data, make, keep_adapter)
+
+
+def _train_and_score(evaluation: Evaluation, settings: Training, mixture, tests, folder: str, result: dict):
+    result |= {"metric": "accuracy", "dev_metric": "answer_loss"}
+    tokenizer, model = load_causal_lm(settings)
+    check_length(model, longest([*mixture[1], *tests.values()], tokenizer))  # before hours of training
+    model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
+    result |= figures
+    # What an interrupted run has scored counts if it was of exactly this model: one with these dev metrics.
+    last = {name: value for name, value in figures["curve"][-1].items() if name != "seconds"}
+    folder = os.path.join(folder, f"scored-{short_hash(last)}")
+    with torch.no_grad():
+        by_task = score_tasks(model.eval(), tokenizer, tests, evaluation.scoring, evaluation.eval_batch_size, folder)
+    result["metrics"] = total(by_task)
+    result["predictions"] = [score.correct for scores in by_task.values() for score in scores]
+    result["prediction_tasks"] = [task for task, scores in by_task.items() for _ in scores]
+    return model
 
 
 def main() -> None:

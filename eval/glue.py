@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from baselines.mora import HEADS
 from glue_metric.scores import scores
-from harness.adapters import check_adapter, save_adapter
 from harness.models import load_tokenizer, quantization_config
+from harness.once import run_once
 from harness.ranks import over_ranks
-from harness.record import checkpoints, finished, is_main_process, recorded
+from harness.record import checkpoints, is_main_process
 from harness.rows import Field, Rows, Source, load, split_dev
 from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
@@ -153,32 +153,32 @@ def run(
     """Train and score; the run's JSON goes to `output`. `sizes` has train_rows (None: all) and dev_rows."""
     rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
     validation = load_rows(task, "validation", data_dir)
-    saved = settings_of(settings, **sizes)
-    identity = f"glue/{task}", saved, {"train": rows.record, "dev": dev.record, "test": validation.record}
-    found = finished(output, *identity)
-    if keep_adapter:
-        check_adapter(settings.method, output, found)
-    if found is not None:
-        return found
-    with recorded(output, *identity) as result:
-        result["metric"] = result["dev_metric"] = TASKS[task].metric
-        tokenizer, model = load_model(task, settings)
-        encoded = [encode(part, task, tokenizer, settings.max_length) for part in (rows, dev, validation)]
-        labels = [np.array([row["labels"] for row in part]) for part in encoded]
-        collator = DataCollatorWithPadding(tokenizer)
+    parts = {"train": rows, "dev": dev, "test": validation}
+    data = {name: part.record for name, part in parts.items()}
 
-        def dev_metrics(model) -> dict[str, float]:
-            return score(task, predict(model, encoded[1], collator, 64), labels[1])
+    def make(result: dict):
+        return _train_and_score(task, settings, parts, checkpoints(output), result)
 
-        model, figures = train(settings, model, encoded[0], collator, dev_metrics, checkpoints(output))
-        predictions = predict(model.eval(), encoded[2], collator, 64)
-        result |= figures
-        result["metrics"] = score(task, predictions, labels[2])
-        result["predictions"] = predictions.tolist()
-        result["references"] = labels[2].tolist()
-        if keep_adapter:
-            save_adapter(model, output, result)
-    return result
+    return run_once(output, f"glue/{task}", settings_of(settings, **sizes), data, make, keep_adapter)
+
+
+def _train_and_score(task: str, settings: Training, parts: dict[str, Rows], folder: str, result: dict):
+    result["metric"] = result["dev_metric"] = TASKS[task].metric
+    tokenizer, model = load_model(task, settings)
+    encoded = {name: encode(part, task, tokenizer, settings.max_length) for name, part in parts.items()}
+    labels = {name: np.array([row["labels"] for row in part]) for name, part in encoded.items()}
+    collator = DataCollatorWithPadding(tokenizer)
+
+    def dev_metrics(model) -> dict[str, float]:
+        return score(task, predict(model, encoded["dev"], collator, 64), labels["dev"])
+
+    model, figures = train(settings, model, encoded["train"], collator, dev_metrics, folder)
+    predictions = predict(model.eval(), encoded["test"], collator, 64)
+    result |= figures
+    result["metrics"] = score(task, predictions, labels["test"])
+    result["predictions"] = predictions.tolist()
+    result["references"] = labels["test"].tolist()
+    return model
 
 
 def main() -> None:

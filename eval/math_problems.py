@@ -22,14 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from harness.adapters import check_adapter, save_adapter
 from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 from harness.generate import generate
 from harness.likelihood import check_length
 from harness.loss import answer_loss
 from harness.models import load_causal_lm
+from harness.once import run_once
 from harness.prompts import encode_all
-from harness.record import checkpoints, finished, is_main_process, recorded, short_hash
+from harness.record import checkpoints, is_main_process, short_hash
 from harness.rows import DataError, Field, Rows, Source, load, split_dev
 from harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
 from tqdm.auto import tqdm
@@ -242,27 +242,26 @@ def run(
     saved = settings_of(settings, **evaluation.saved)
     mixture = load_mixture(evaluation, data_dir)
     tests = {name: load_test(name, data_dir, evaluation.test_rows) for name in TESTS}
-    data = {"train": mixture[0], "dev": mixture[1]} | {f"{name}_test": rows for name, rows in tests.items()}
-    identity = "math_problems", saved, {name: rows.record for name, rows in data.items()}
-    found = finished(output, *identity)
-    if keep_adapter:
-        check_adapter(settings.method, output, found)
-    if found is not None:
-        return found
-    with recorded(output, *identity) as result:
-        result |= {"metric": "strict" if evaluation.generate else "loss", "dev_metric": "dev_loss"}
-        tokenizer, model = load_causal_lm(settings)
-        check_length(model, longest(tests, tokenizer, evaluation))  # before hours of training
-        folder = checkpoints(output)
-        model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
-        result |= figures
-        result["rows"], figures = score(model, tokenizer, tests, evaluation, folder)
-        result |= figures
-        result["metrics"] = summary(result["rows"])
-        result["predictions"] = [row[result["metric"]] for row in result["rows"]]
-        if keep_adapter:
-            save_adapter(model, output, result)
-    return result
+    parts = {"train": mixture[0], "dev": mixture[1]} | {f"{name}_test": rows for name, rows in tests.items()}
+    data = {name: rows.record for name, rows in parts.items()}
+
+    def make(result: dict):
+        return _train_and_score(evaluation, settings, mixture, tests, checkpoints(output), result)
+
+    return run_once(output, "math_problems", saved, data, make, keep_adapter)
+
+
+def _train_and_score(evaluation: Evaluation, settings: Training, mixture, tests, folder: str, result: dict):
+    result |= {"metric": "strict" if evaluation.generate else "loss", "dev_metric": "dev_loss"}
+    tokenizer, model = load_causal_lm(settings)
+    check_length(model, longest(tests, tokenizer, evaluation))  # before hours of training
+    model, figures = fit(model, tokenizer, settings, mixture, evaluation.eval_batch_size, folder)
+    result |= figures
+    result["rows"], figures = score(model, tokenizer, tests, evaluation, folder)
+    result |= figures
+    result["metrics"] = summary(result["rows"])
+    result["predictions"] = [row[result["metric"]] for row in result["rows"]]
+    return model
 
 
 def check_answers(data_dir: str | None) -> bool:

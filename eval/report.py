@@ -149,7 +149,7 @@ def difference(method: Method, baseline: Method) -> str:
     value, p = paired_seeds([final(theirs[s]) for s in seeds], [final(mine[s]) for s in seeds])
     first, second = (np.array([runs[s]["predictions"] for s in seeds]) for runs in (theirs, mine))
     low, high = paired_rows(first, second, scorer(mine[seeds[0]]))
-    chance = "" if p is None else f"p = {p:.2f}; "
+    chance = "" if p is None else "p < 0.01; " if p < 0.01 else f"p = {p:.2f}; "
     return f"{value:+.3f} ({chance}{low:+.3f} to {high:+.3f})"
 
 
@@ -188,7 +188,7 @@ def table(folder: str, baseline: str) -> str:
     some = next((run for method in methods.values() for run in method.best), None)
     if some is None:
         raise ValueError(f"{folder} has no finished run.")
-    names = {"metric": some["metric"], "dev": some["dev_metric"], "baseline": baseline}
+    names = {"metric": some["metric"], "dev": some["dev_metric"].removeprefix("dev_"), "baseline": baseline}
     lines = ["| " + " | ".join(cell.format(**names) for cell in HEADER) + " |", "|" + "---|" * len(HEADER)]
     for method in methods.values():
         lines.append("| " + " | ".join(row(method, methods[baseline], plan["seeds"])) + " |")

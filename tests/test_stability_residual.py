@@ -225,6 +225,37 @@ def test_blocks_of_ones_own_are_found_by_what_they_compute():
         scale_residual(Stack(), 0.25)
 
 
+BRANCHES = {"GPT-2": ("attn", "mlp"), "Llama": ("self_attn", "mlp"), "BERT": ("attention.output", "output")}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("last_layers", ["zero", "tiny", "huge"])
+def test_every_branch_is_found_whatever_the_weights(name, dtype, last_layers):
+    """Rounding must not hide a branch, nor a branch that adds nothing yet, as where its last projection starts at 0."""
+    model = BUILDERS[name]().to(dtype)
+    for path, parameter in model.named_parameters():
+        if path.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight", "output.dense.weight")):
+            parameter.data *= {"zero": 0.0, "tiny": 1e-4, "huge": 1.0}[last_layers]
+        elif last_layers == "huge" and path.endswith(("wte.weight", "embed_tokens.weight")):
+            parameter.data *= 50  # against which the branches are below the rounding of bfloat16
+    before = {path: parameter.clone() for path, parameter in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    paths = scale_residual(model, 0.1)
+    blocks = {"GPT-2": "transformer.h", "Llama": "model.layers", "BERT": "bert.encoder.layer"}[name]
+    found = [path.removesuffix(".dropout") for path in paths]
+    assert found == [f"{blocks}.{i}.{branch}" for i in (0, 1) for branch in BRANCHES[name]]
+    assert all(torch.equal(parameter, before[path]) for path, parameter in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Halved(Block):
+    """Δt is there already, but outside of any module: nothing to put an end into."""
+
+    def forward(self, x):
+        return x + 0.5 * self.feed(self.before(x))
+
+
 class Odd(Block):
     def forward(self, x):
         return self.then(x * self.feed(self.before(x)))
@@ -235,6 +266,8 @@ def test_what_cannot_be_placed_is_refused_by_name():
         ValueError, match=r"blocks\.0 \(Odd\) is not a block whose output .* mixing \(MultiheadAttention\)"
     ):
         scale_residual(Stack(Odd), 0.1, inputs={"x": torch.randn(2, 5, 6)})
+    with pytest.raises(ValueError, match=r"blocks\.0 \(Halved\) is not a block whose output"):
+        scale_residual(Stack(Halved), 0.1, inputs={"x": torch.randn(2, 5, 6)})
     with pytest.raises(ValueError, match="Linear has no list of blocks"):
         to_peri_ln(nn.Linear(2, 2))
     opt = OPTForCausalLM(

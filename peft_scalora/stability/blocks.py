@@ -29,8 +29,11 @@ class Branch:
 
 @dataclass
 class _Call:
+    """A call of a module: its floating-point arguments, what it returned, and what its caller got in place of that."""
+
     inputs: list[Tensor]
     output: Tensor
+    replaced: Tensor
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -54,7 +57,9 @@ def find_branches(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) 
     """The residual branches of every block, in order.
 
     A pre-LN (or Peri-LN) block is recognised by what it computes: its output is its input plus the outputs of some of
-    its direct children. A BERT-type block holds modules whose last step is norm(x + child).
+    its direct children. A BERT-type block holds modules whose last step is norm(x + child). To see that whatever the
+    weights and the dtype, small random integers take the place of what modules are given and return: their sums are
+    exact in every dtype, and no branch is hidden because it is small or 0.
 
     Args:
         inputs: keyword arguments of one forward pass; a Hugging Face model brings its own (`dummy_inputs`).
@@ -65,7 +70,7 @@ def find_branches(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) 
     stacks = {path: blocks for path, blocks in block_lists(model).items() if any(map(is_norm, blocks.modules()))}
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no list of blocks with normalisations: nothing to place.")
-    calls = _record(model, inputs)
+    calls = _record(model, [f"{stack}.{i}" for stack, blocks in stacks.items() for i in range(len(blocks))], inputs)
     branches = []
     for stack, blocks in stacks.items():
         for index, block in enumerate(blocks):
@@ -88,15 +93,21 @@ def _pre_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branch
     if call is None or not call.inputs or call.inputs[0].shape != call.output.shape:
         return []
     x = call.inputs[0]
-    outputs = {name: calls[f"{path}.{name}"].output for name, _ in block.named_children() if f"{path}.{name}" in calls}
+    children = {
+        name: calls[f"{path}.{name}"].replaced for name, _ in block.named_children() if f"{path}.{name}" in calls
+    }
     # Some blocks flatten batch and sequence for their branch.
-    outputs = {name: output.reshape(x.shape) for name, output in outputs.items() if output.numel() == x.numel()}
-    for count in range(1, MAX_BRANCHES + 1):
-        for names in combinations(outputs, count):
-            if _equal(_sum(x, *(outputs[name] for name in names)), call.output):
-                norm = next((name for name, child in block.named_children() if is_norm(child)), None)
-                return [Branch(f"{path}.{name}", f"{path}.{norm}", False) for name in names] if norm else []
-    return []
+    children = {name: output.reshape(x.shape) for name, output in children.items() if output.numel() == x.numel()}
+    fitting = [
+        names
+        for count in range(1, MAX_BRANCHES + 1)
+        for names in combinations(children, count)
+        if _equal(sum((children[name] for name in names), x), call.output)
+    ]
+    norm = next((name for name, child in block.named_children() if is_norm(child)), None)
+    if norm is None or len(fitting) != 1:
+        return []
+    return [Branch(f"{path}.{name}", f"{path}.{norm}", False) for name in fitting[0]]
 
 
 def _post_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branch]:
@@ -106,63 +117,92 @@ def _post_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branc
             norm_path = f"{name}.{norm_name}"
             if not is_norm(norm) or norm_path not in calls or name not in calls:
                 continue
-            if not _equal(calls[norm_path].output, calls[name].output):
+            if not _equal(calls[norm_path].replaced, calls[name].output):
                 continue
             added = calls[norm_path].inputs[0]
             children = [f"{name}.{child}" for child, _ in module.named_children() if child != norm_name]
-            # Last first: a dropout that adds nothing in this pass is part of the branch when training.
-            ends = [
-                child
-                for child in reversed(children)
+            sums = {
+                child: [x + calls[child].replaced for x in calls[name].inputs if x.shape == calls[child].replaced.shape]
+                for child in children
                 if child in calls
-                and calls[child].output.shape == added.shape
-                and any(
-                    _equal(_sum(x, calls[child].output), added) for x in calls[name].inputs if x.shape == added.shape
-                )
-            ]
-            branches += [Branch(end, norm_path, True) for end in ends[:1]]
+            }
+            ends = [child for child, added_up in sums.items() if any(_equal(total, added) for total in added_up)]
+            branches += [Branch(end, norm_path, True) for end in ends if len(ends) == 1]
     return branches
 
 
-def _sum(*terms: Tensor) -> Tensor:
-    return torch.stack([term.double() for term in terms]).sum(0)
-
-
 def _equal(x: Tensor, y: Tensor) -> bool:
-    """Equal up to the rounding of y's dtype."""
-    if x.shape != y.shape:
-        return False
-    tolerance = 16 * torch.finfo(y.dtype).eps
-    return bool((x.double() - y.double()).norm() <= tolerance * y.double().norm())
+    return x.shape == y.shape and torch.equal(x.double(), y.double())
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, _Call]:
-    """Tensor arguments and output of each module that one forward pass in evaluation mode calls exactly once."""
+def _record(model: nn.Module, blocks: list[str], inputs: Mapping[str, Tensor] | None) -> dict[str, _Call]:
+    """The calls of the blocks and of all modules in them that one forward pass in evaluation mode calls exactly once.
+
+    Integers take the place of the arguments of blocks and of modules with a normalisation, and of what all modules
+    within the blocks return.
+    """
     if inputs is None:
         inputs = getattr(model, "dummy_inputs", None)
         if inputs is None:
             raise ValueError(f"{type(model).__name__} brings no dummy_inputs: give inputs, the arguments of forward.")
-    calls: dict[str, list[_Call]] = {}
+    modules = {path: m for block in blocks for path, m in model.get_submodule(block).named_modules(prefix=block)}
+    times = dict.fromkeys(modules, 0)
 
-    def hook(path: str):
+    def counting(path: str):
+        def count(module, args, output):
+            times[path] += 1
+
+        return count
+
+    _run(model, inputs, [module.register_forward_hook(counting(path)) for path, module in modules.items()])
+    calls: dict[str, _Call] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(x):
+        if not _is_float(x):
+            return x
+        return torch.randint(-8, 9, x.shape, generator=generator).to(x)
+
+    def give(module, args, kwargs):
+        return tuple(map(integers, args)), {name: integers(x) for name, x in kwargs.items()}
+
+    def recording(path: str):
         def record(module, args, kwargs, output):
-            output = output[0] if isinstance(output, (tuple, list)) else output
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-            if isinstance(output, Tensor) and output.is_floating_point():
-                calls.setdefault(path, []).append(_Call(given, output))
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if not _is_float(first):
+                return None
+            replaced = first if path in blocks else integers(first)
+            given = [x for x in (*args, *kwargs.values()) if _is_float(x)]
+            calls[path] = _Call(given, first, replaced)
+            return type(output)((replaced, *output[1:])) if isinstance(output, (tuple, list)) else replaced
 
         return record
 
+    handles = []
+    for path, module in modules.items():
+        if times[path] != 1:
+            continue
+        if path in blocks or any(map(is_norm, module.children())):
+            handles.append(module.register_forward_pre_hook(give, with_kwargs=True))
+        handles.append(module.register_forward_hook(recording(path), with_kwargs=True))
+    _run(model, inputs, handles)
+    return calls
+
+
+def _is_float(x) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], handles: list) -> None:
+    """One forward pass in evaluation mode, after which the hooks are gone and every module is in the mode it was in."""
     training = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters())
-    handles = [m.register_forward_hook(hook(path), with_kwargs=True) for path, m in model.named_modules()]
+    device = next(model.parameters()).device
     try:
         model.eval()
         with torch.no_grad():
-            model(**{name: x.to(parameter.device) for name, x in inputs.items()})
+            model(**{name: x.to(device) for name, x in inputs.items()})
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    return {path: records[0] for path, records in calls.items() if len(records) == 1}

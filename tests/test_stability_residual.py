@@ -114,6 +114,33 @@ def test_compiled_and_checkpointed_models_are_the_same(build, change):
     torch.testing.assert_close(compiled(tokens()).logits, expected, rtol=1e-5, atol=1e-6)
 
 
+@every_change
+def test_the_configuration_that_was_given_stays_as_it_is(tmp_path, change):
+    """Another model is built from the same configuration: it is saved and loaded as the ordinary model it is."""
+    plain = tiny_gpt2().eval()
+    config = plain.config
+    before = config.to_dict()
+    changed = type(plain)(config)
+    change(changed)
+    assert type(config).__name__ == "GPT2Config" and config.to_dict() == before
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(loaded(tokens()).logits, plain(tokens()).logits)
+    with pytest.raises(ValueError, match="ordinary residual branches"):
+        load_residual(tmp_path / "plain")
+    configs = {id(m.config) for m in changed.modules() if hasattr(m, "config")}
+    assert configs == {id(changed.config)}  # what is set on it reaches all of the model
+
+
+def test_a_loaded_model_changes_no_other_one(tmp_path):
+    changed = tiny_gpt2()
+    scale_residual(changed, 0.5)
+    twin = type(changed)(changed.config)
+    scale_residual(twin, 0.25)
+    assert {entry["step"] for entry in changed.config.residual} == {0.5}
+    assert {entry["step"] for entry in twin.config.residual} == {0.25}
+
+
 FRESH = """
 import sys, torch
 from peft_scalora.stability import load_residual

@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .blocks import Branch, find_branches, is_norm
 
@@ -211,6 +211,7 @@ def _record(model: nn.Module, ends: dict[str, ResidualEnd]) -> None:
     """Write what was changed to the configuration, which is what the model is built from when it is loaded."""
     if not isinstance(model, PreTrainedModel):
         return
+    _own_config(model)
     if not isinstance(model, ResidualModel):
         model.__class__ = residual_class(type(model))
         model.config.__class__ = model.config_class
@@ -218,3 +219,13 @@ def _record(model: nn.Module, ends: dict[str, ResidualEnd]) -> None:
         {**asdict(end.branch), "step": end.step, "peri_ln": end.norm is not None, "zero_init": end.alpha is not None}
         for end in ends.values()
     ]
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model and its modules a copy of their configuration, as other models may be built from the original."""
+    copies: dict[int, object] = {}  # by the id of the original: a model's modules may hold a part of its configuration
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])

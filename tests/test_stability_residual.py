@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from helpers_models import tiny_bert, tiny_gpt2, tiny_llama, tokens
-from peft import LoraConfig, get_peft_model
+from helpers_models import distance, fill, oracle, scalora_config, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -203,6 +203,56 @@ def test_adapters_go_on_top_and_merge(build):
         scale_residual(get_peft_model(build(), LoraConfig(target_modules="all-linear")), 0.1)
 
 
+def tiny_opt():
+    """Its second branch ends in a linear layer of the block itself, fc2."""
+    config = OPTConfig(
+        vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=32, dropout=0.0, init_std=0.2,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+@every_change
+@pytest.mark.parametrize("adapter", ["LoRA", "ScaLoRA"])
+def test_an_adapter_on_the_last_linear_is_within_the_branch(tmp_path, change, adapter):
+    """X + Δt f(X) with W + s B A in f: against the changed model with that weight written out."""
+    model = tiny_opt()
+    change(model)
+    base = stirred(model)
+    for end in residual_ends(base).values():
+        if end.alpha is not None:
+            end.alpha.data.fill_(0.7)
+    if adapter == "LoRA":
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["fc2"], init_lora_weights=False)
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+    else:
+        model = fill(get_peft_model(copy.deepcopy(base), scalora_config(target_modules=["fc2"])), inputs=tokens())
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    plain, expected = base(tokens()).logits, oracle(base, model, tokens())
+    result = model(tokens()).logits
+    assert distance(result, plain) > 1e-2
+    assert distance(result, expected) < 1e-5
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(again(tokens()).logits, result)
+    again.load_adapter(tmp_path, "second")
+    again.set_adapter("second")
+    torch.testing.assert_close(again(tokens()).logits, result)
+    torch._dynamo.reset()
+    compiled = torch.compile(again, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens()).logits, result, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(tokens()).logits, plain)
+    names = set(base.state_dict())
+    assert set(again.unload().state_dict()) == names
+    torch.testing.assert_close(again.unload()(tokens()).logits, plain)
+    merged = model.merge_and_unload().eval()
+    assert set(merged.state_dict()) == names and set(residual_ends(merged)) == set(residual_ends(base))
+    assert distance(merged(tokens()).logits, expected) < 1e-5
+    merged.save_pretrained(tmp_path / "merged")
+    assert distance(load_residual(tmp_path / "merged").eval()(tokens()).logits, expected) < 1e-5
+
+
 class Block(nn.Module):
     """A pre-LN block that nobody has heard of: its branches are a Sequential and a module that returns a tuple."""
 
@@ -297,18 +347,10 @@ def test_what_cannot_be_placed_is_refused_by_name():
         scale_residual(Stack(Halved), 0.1, inputs={"x": torch.randn(2, 5, 6)})
     with pytest.raises(ValueError, match="Linear has no list of blocks"):
         to_peri_ln(nn.Linear(2, 2))
-    opt = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=40,
-            hidden_size=16,
-            ffn_dim=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-        )
-    )
     # Its second branch is two of the block's children, of which the last is what is added: it can be placed.
-    assert scale_residual(opt, 0.1) == ["model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc2"]
+    assert scale_residual(tiny_opt(), 0.1) == [
+        f"model.decoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "fc2")
+    ]
     for step in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="must be above 0"):
             scale_residual(tiny_gpt2(), step)

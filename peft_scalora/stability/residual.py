@@ -18,6 +18,7 @@ from dataclasses import asdict
 from functools import cache
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -59,6 +60,29 @@ class ResidualBranch:
         if isinstance(output, tuple):
             return (self.residual_end(output[0]), *output[1:])
         return self.residual_end(output)
+
+
+class ResidualAdapter(ResidualBranch):
+    """Mixed into the class of an adapter that has taken the place of a branch's last module, which keeps the end."""
+
+    @property
+    def residual_end(self) -> ResidualEnd:
+        return self.get_base_layer().residual_end
+
+
+class ResidualParent:
+    """Mixed into the class of a module with a child, such as a linear layer, that ends a branch and can be adapted.
+
+    PEFT puts an adapter in the child's place, which adds to what the child returns. The end has to follow their sum, so
+    the adapter runs it in the child's stead, until it is merged or unloaded.
+    """
+
+    def __setattr__(self, name, value):
+        old = vars(self).get("_modules", {}).get(name)
+        super().__setattr__(name, value)
+        if isinstance(old, ResidualBranch) and (isinstance(old, BaseTunerLayer) or isinstance(value, BaseTunerLayer)):
+            old.__class__ = type(old).__bases__[1]
+            value.__class__ = _branch_class(type(value))
 
 
 class ResidualModel:
@@ -167,7 +191,14 @@ def residual_class(cls: type) -> type:
 
 @cache
 def _branch_class(cls: type) -> type:
-    return type(PREFIX + cls.__name__, (ResidualBranch, cls), {})
+    mixin = ResidualAdapter if issubclass(cls, BaseTunerLayer) else ResidualBranch
+    return type(PREFIX + cls.__name__, (mixin, cls), {})
+
+
+@cache
+def _parent_class(cls: type) -> type:
+    # The name stays: sharding policies know blocks by it.
+    return type(cls.__name__, (ResidualParent, cls), {"__doc__": cls.__doc__})
 
 
 def _ends(model: nn.Module, inputs: dict | None) -> dict[str, ResidualEnd]:
@@ -183,9 +214,13 @@ def _insert(model: nn.Module, branch: Branch) -> ResidualEnd:
     module, end = model.get_submodule(branch.path), ResidualEnd(branch)
     if isinstance(module, nn.Sequential):  # runs all its children, so the end is one of them
         module.add_module("residual_end", end)
-    else:
-        module.__class__ = _branch_class(type(module))
-        module.residual_end = end
+        return end
+    module.__class__ = _branch_class(type(module))
+    module.residual_end = end
+    if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:  # what adapters are for
+        parent = model.get_submodule(branch.path.rpartition(".")[0])
+        if not isinstance(parent, ResidualParent):
+            parent.__class__ = _parent_class(type(parent))
     return end
 
 

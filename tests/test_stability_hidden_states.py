@@ -5,9 +5,12 @@ import pytest
 import torch
 from helpers_models import tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from peft_scalora.stability import HiddenStateProbe, scale_residual, to_peri_ln
+from peft_scalora.stability.blocks import norm_gain
 from peft_scalora.stability.hidden_states import peri_ln_bound
+from peft_scalora.stability.residual import residual_ends
 
 
 def step(model, ids=None):
@@ -109,6 +112,33 @@ def test_the_bound_written_out():
     start = np.linalg.norm(x_0.detach().numpy()) / np.sqrt(x_0.numel())
     assert probe.bound(profile) == pytest.approx([start + 2 * depth * (2.5 + 0.25) for depth in range(3)], rel=1e-5)
     assert peri_ln_bound(1.0, 2, 2.0, 1.0, 0.1) == pytest.approx([1.0, 1.6, 2.2])
+
+
+def test_the_gain_is_what_a_norm_does_not_what_its_weight_says():
+    """Gemma multiplies by 1 + weight: γ_max is 1 + 0.75."""
+    config = GemmaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = GemmaForCausalLM(config).train()
+    to_peri_ln(model)
+    list(residual_ends(model).values())[1].norm.weight.data[4] = 0.75
+    with HiddenStateProbe(model) as probe:
+        step(model)
+    (profile,) = probe.profiles
+    assert probe.bound(profile) == pytest.approx([profile.rms[0] + 2 * depth * 1.75 for depth in range(3)], rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 3, 7, 8])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_gains_and_biases_are_the_weights_of_ordinary_norms(kind, width):
+    norm = kind(width)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    gain, bias = norm_gain(norm)
+    torch.testing.assert_close(gain, norm.weight.detach().abs(), rtol=1e-5, atol=1e-6)
+    expected = torch.zeros(width) if kind is nn.RMSNorm else norm.bias.detach().abs()
+    torch.testing.assert_close(bias, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_models_without_blocks_or_peri_ln_are_refused():

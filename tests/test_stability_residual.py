@@ -11,7 +11,15 @@ import torch
 from helpers_models import distance, fill, oracle, scalora_config, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from peft_scalora.stability import load_residual, scale_residual, to_peri_ln
 from peft_scalora.stability.residual import residual_ends
@@ -354,6 +362,49 @@ def test_what_cannot_be_placed_is_refused_by_name():
     for step in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="must be above 0"):
             scale_residual(tiny_gpt2(), step)
+
+
+def tiny_gemma():
+    """Its norms multiply by 1 + weight."""
+    config = GemmaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return GemmaForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [tiny_gemma, tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_norms_normalise(tmp_path, build, dtype):
+    """Whatever the class makes of its weight, and whatever the norm that was copied had learnt."""
+    model = stirred(build()).to(dtype)
+    to_peri_ln(model)
+    x = 3 * torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    centred = x - x.mean(-1, keepdim=True) if build is tiny_gpt2 else x
+    expected = centred / centred.square().mean(-1, keepdim=True).sqrt()
+    for end in residual_ends(model).values():
+        torch.testing.assert_close(
+            end.norm(x.to(dtype)).double(), expected, rtol=0, atol=1e-5 if dtype.itemsize > 2 else 0.04
+        )
+        assert end.norm.weight.dtype is dtype
+    model.save_pretrained(tmp_path)
+    loaded = load_residual(tmp_path, dtype=dtype).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class TripledNorm(nn.RMSNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_norms_of_an_unknown_kind_are_refused_by_name():
+    model = Stack()
+    for block in model.blocks:
+        block.before = TripledNorm(6)
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"blocks\.0\.before \(TripledNorm\) has a gain of 1 neither"):
+        to_peri_ln(model, inputs={"x": torch.randn(2, 5, 6)})
+    assert set(model.state_dict()) == names
 
 
 def test_models_that_are_peri_ln_are_refused_and_can_be_scaled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -39,6 +40,23 @@ class _Call:
 def is_norm(module: nn.Module) -> bool:
     """LayerNorm, RMSNorm and whatever else says so in its class name."""
     return "norm" in type(module).__name__.lower()
+
+
+def norm_gain(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """|γ| and |β| of each feature, measured, as some classes multiply by their weight and others by 1 + weight.
+
+    Returns:
+        Two float32 tensors (features,), on the device of the norm.
+    """
+    norm = copy.deepcopy(norm).float()
+    weight = next(norm.parameters())
+    n = weight.numel() // 2
+    p = weight.numel() - n
+    # p positive and n negative features with mean 0 and mean square 1, which normalising leaves as they are.
+    x = torch.tensor([(n / p) ** 0.5] * p + [-((p / n) ** 0.5)] * n, dtype=torch.float32, device=weight.device)
+    with torch.no_grad():
+        plus, minus = (norm(size * x[None])[0] for size in (1000, -1000))  # large, so that eps does not count
+    return ((plus - minus) / (2 * x)).abs(), ((plus + minus) / 2).abs()
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import block_lists
+from .blocks import block_lists, norm_gain
 from .residual import ResidualEnd, residual_ends
 
 
@@ -84,10 +85,10 @@ class HiddenStateProbe:
         ends = self._ends()
         if not ends or any(end.norm is None for end in ends):
             raise ValueError("the bound is one of Peri-LN models: call to_peri_ln(model) first.")
-        gains, biases = zip(*(_largest(end.norm) for end in ends))
+        gains, biases = zip(*(norm_gain(end.norm) for end in ends))
         alphas = [1.0 if end.alpha is None else abs(end.alpha.item()) for end in ends]
         step = max(end.step * alpha for end, alpha in zip(ends, alphas))
-        return peri_ln_bound(profile.rms[0], len(self._blocks), max(gains), max(biases), step)
+        return peri_ln_bound(profile.rms[0], len(self._blocks), _largest(gains), _largest(biases), step)
 
     def plot(self, path: str) -> None:
         """Write a PNG: activation, variance and gradient norm by depth, first, middle and last profile.
@@ -158,7 +159,5 @@ def peri_ln_bound(rms_0: float, depth: int, gain: float, bias: float, step: floa
     return [rms_0 + 2 * d * step * (gain + bias) for d in range(depth + 1)]
 
 
-def _largest(norm: nn.Module) -> tuple[float, float]:
-    """γ_max and β_max: the largest magnitudes of a normalisation's weight and bias."""
-    bias = getattr(norm, "bias", None)
-    return norm.weight.detach().abs().max().item(), 0.0 if bias is None else bias.detach().abs().max().item()
+def _largest(tensors: Iterable[Tensor]) -> float:
+    return max(tensor.max().item() for tensor in tensors)

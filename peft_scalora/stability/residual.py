@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .blocks import Branch, find_branches, is_norm
+from .blocks import Branch, find_branches, is_norm, norm_gain
 
 PREFIX = "Residual"
 
@@ -131,14 +131,14 @@ def scale_residual(model: nn.Module, step: float, zero_init: bool = False, input
 def to_peri_ln(model: nn.Module, inputs: dict | None = None) -> list[str]:
     """Normalise what each residual branch returns: X + LN(g(LN(X))) (Peri-LN, arXiv 2510.09904).
 
-    Pre-LN blocks get a new normalisation of the same class with weight 1 and bias 0. In BERT-type blocks the one after
+    Pre-LN blocks get a new normalisation of the same class with gain 1 and bias 0. In BERT-type blocks the one after
     the addition moves before it: norm(X + f(X)) becomes X + norm(f(X)), without a norm of the branch's input (as OLMo-2
     has it). Either changes the function of the model: meant for training from scratch.
 
     Args, Returns: as for `scale_residual`.
 
     Raises:
-        ValueError: a block is Peri-LN already, or cannot be placed; names it.
+        ValueError: a block is Peri-LN already, cannot be placed, or has a norm of an unknown kind; names it.
     """
     ends = _ends(model, inputs)
     for path, end in ends.items():
@@ -231,9 +231,24 @@ def _add_norm(model: nn.Module, end: ResidualEnd) -> None:
         setattr(model.get_submodule(parent), name, nn.Identity())
         end.norm = norm
         return
-    end.norm = copy.deepcopy(norm)
-    for name, parameter in end.norm.named_parameters():
-        nn.init.constant_(parameter, 0.0 if name == "bias" else 1.0)
+    end.norm = _neutral(norm, end.branch.norm)
+
+
+def _neutral(norm: nn.Module, path: str) -> nn.Module:
+    """A normalisation of the class of `norm` that only normalises: γ = 1, β = 0."""
+    norm = copy.deepcopy(norm)
+    for weight in (1.0, 0.0):  # Gemma's norms multiply by 1 + weight
+        for name, parameter in norm.named_parameters():
+            nn.init.constant_(parameter, 0.0 if name == "bias" else weight)
+        if any(parameter.is_meta for parameter in norm.parameters()):  # values come with the weights that are loaded
+            return norm
+        gain, bias = norm_gain(norm)
+        if torch.allclose(gain, torch.ones_like(gain), atol=1e-3) and not bias.any():
+            return norm
+    raise ValueError(
+        f"{path} ({type(norm).__name__}) has a gain of 1 neither with weight 1 nor with weight 0: use a LayerNorm or "
+        "RMSNorm."
+    )
 
 
 def _add_alpha(model: nn.Module, end: ResidualEnd) -> None:

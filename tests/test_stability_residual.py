@@ -19,6 +19,8 @@ from transformers import (
     GemmaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from peft_scalora.stability import load_residual, scale_residual, to_peri_ln
@@ -390,6 +392,24 @@ def test_new_norms_normalise(tmp_path, build, dtype):
     model.save_pretrained(tmp_path)
     loaded = load_residual(tmp_path, dtype=dtype).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_cannot_run_on_its_dummy_inputs_asks_for_inputs():
+    """A ViT's are token ids."""
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = ViTForImageClassification(config).train()
+    with pytest.raises(
+        ValueError, match=r"ViTForImageClassification cannot run on its dummy_inputs \(input_ids\): give inputs"
+    ):
+        scale_residual(model, 0.1)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert scale_residual(model, 0.1, inputs={"pixel_values": torch.zeros(1, 3, 16, 16)}) == [
+        f"vit.layers.{i}.{name}" for i in (0, 1) for name in ("attention", "mlp")
+    ]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'z'"):  # what the user gives speaks for itself
+        scale_residual(Stack(), 0.1, inputs={"z": torch.zeros(2, 5, 6)})
 
 
 class TripledNorm(nn.RMSNorm):

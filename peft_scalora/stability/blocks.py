@@ -88,6 +88,7 @@ def find_branches(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) 
     stacks = {path: blocks for path, blocks in block_lists(model).items() if any(map(is_norm, blocks.modules()))}
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no list of blocks with normalisations: nothing to place.")
+    inputs = _inputs_of(model) if inputs is None else inputs
     calls = _record(model, [f"{stack}.{i}" for stack, blocks in stacks.items() for i in range(len(blocks))], inputs)
     branches = []
     for stack, blocks in stacks.items():
@@ -153,16 +154,26 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and torch.equal(x.double(), y.double())
 
 
-def _record(model: nn.Module, blocks: list[str], inputs: Mapping[str, Tensor] | None) -> dict[str, _Call]:
+def _inputs_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """The inputs that a model brings, if it can run on them: many that take no text bring token ids all the same."""
+    name, inputs = type(model).__name__, getattr(model, "dummy_inputs", None)
+    if inputs is None:
+        raise ValueError(f"{name} brings no dummy_inputs: give inputs, the arguments of forward.")
+    try:
+        _run(model, inputs, [])
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot run on its dummy_inputs ({', '.join(inputs)}): give inputs, the arguments of forward."
+        ) from error
+    return inputs
+
+
+def _record(model: nn.Module, blocks: list[str], inputs: Mapping[str, Tensor]) -> dict[str, _Call]:
     """The calls of the blocks and of all modules in them that one forward pass in evaluation mode calls exactly once.
 
     Integers take the place of the arguments of blocks and of modules with a normalisation, and of what all modules
     within the blocks return.
     """
-    if inputs is None:
-        inputs = getattr(model, "dummy_inputs", None)
-        if inputs is None:
-            raise ValueError(f"{type(model).__name__} brings no dummy_inputs: give inputs, the arguments of forward.")
     modules = {path: m for block in blocks for path, m in model.get_submodule(block).named_modules(prefix=block)}
     times = dict.fromkeys(modules, 0)
 

@@ -224,6 +224,43 @@ def test_a_step_that_worsens_the_loss_is_rejected():
     assert all(not optimizer.state[p]["delta"].any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("bad", ["input", "gradient"])
+@pytest.mark.parametrize("inner", ["adamw", "muon"])
+def test_a_bad_batch_costs_its_outer_step_and_nothing_else(inner, bad):
+    settings = {"inner_steps": 2, "inner_optimizer": inner, "lr": 0.05}
+    (x, y), *data = batches(9)
+    model, spared = mlp(), mlp()
+    optimizer = make(model, **settings)
+    if bad == "input":
+        x = x.clone()
+        x[0, 0] = math.inf
+    optimizer.loss(*functions(model, x, y)).backward()
+    if bad == "gradient":  # its square overflows, so that AdamW would never move that bias again
+        model[0].bias.grad[0] = 1e200
+    optimizer.step()
+    optimizer.zero_grad()
+    train(model, optimizer, data[:2])
+    assert optimizer.progress["step_size"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), spared.parameters()))
+    train(model, optimizer, data[2:])
+    train(spared, make(spared, **settings), data[2:])
+    assert optimizer.progress["outer_steps"] == 3 and optimizer.progress["step_size"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), spared.parameters()))
+
+
+def test_a_change_that_is_not_finite_is_rejected_where_the_line_search_does_not_see_it():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 5))
+    optimizer = make(model, inner_steps=1, inner_optimizer="adamw", lr=0.1)
+    start = [p.detach().clone() for p in model.parameters()]
+    x, y = torch.tensor([1, 2]), torch.tensor([0, 1])
+    optimizer.loss(*functions(model, x, y)).backward()
+    model[0].weight.grad[3] = math.nan  # a token that is not in the batch
+    optimizer.step()
+    train(model, optimizer, [(x, y)])
+    assert optimizer.progress["outer_steps"] == 1 and optimizer.progress["step_size"] == 0.0
+    assert all(torch.equal(a, p) for a, p in zip(start, model.parameters()))
+
+
 def test_step_sizes_share_dropout_masks_and_leave_random_numbers_alone():
     model = mlp(dropout=0.5)
     optimizer = make(model, inner_steps=1, inner_optimizer="adamw", lr=0.0)

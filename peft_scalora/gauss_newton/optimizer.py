@@ -132,8 +132,10 @@ class GaussNewton(torch.optim.Optimizer):
     def _losses_by_step_size(self, forward: Forward, loss: Loss) -> Tensor:
         losses = []
         for alpha in self._alphas:
-            with self.unchanged_randomness():
+            params = self._params
+            if alpha:  # 0 · δ is not 0 where δ overflowed
                 params = {name: p.add(self._delta[name], alpha=alpha) for name, p in self._params.items()}
+            with self.unchanged_randomness():
                 losses.append(loss(forward(params)))
         return torch.stack(losses)
 
@@ -220,12 +222,23 @@ class GaussNewton(torch.optim.Optimizer):
             self._commit(best_step_size(self._alphas, progress["losses"]))
 
     def _commit(self, alpha: float) -> None:
-        """θ ← θ + α δ. The inner iterate θ + δ stays where it is, unless the step was rejected or solved for."""
+        """θ ← θ + α δ. The inner iterate θ + δ stays where it is, unless the step was rejected or solved for.
+
+        Where δ or the inner optimizers' state is not finite, the step is rejected and both start anew.
+        """
         progress, losses = self.progress, self.progress["losses"]
-        restart = alpha == 0 or self.config.inner_optimizer == "cg"
+        state = [tensor for state in self.state.values() for tensor in state.values()]  # δ and the inner optimizers'
+        if not all(tensor.isfinite().all() for tensor in state):
+            alpha = 0.0
+            for tensor in state:
+                tensor.zero_()
         for name, delta in self._delta.items():
-            self._params[name].add_(delta, alpha=alpha)
-            delta.mul_(0.0 if restart else 1 - alpha).nan_to_num_(0.0, 0.0, 0.0)
+            if alpha:
+                self._params[name].add_(delta, alpha=alpha)
+            if alpha and self.config.inner_optimizer != "cg":
+                delta.mul_(1 - alpha)
+            else:
+                delta.zero_()
         if self.config.inner_optimizer == "cg":
             actual = (losses[-1] - losses[0]) / self.config.line_search_steps
             progress["damping"] = adapt_damping(progress["damping"], actual, progress["predicted"])

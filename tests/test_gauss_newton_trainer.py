@@ -136,6 +136,90 @@ def test_all_that_was_installed_is_taken_away(tmp_path):
     trainer.train()  # and it can train again
 
 
+# Trainings that do not reach their end: Trainer tells no callback.
+
+
+def assert_untouched(model, attention="sdpa"):
+    """`model` gives the gradients of a fresh one with the same weights, and nothing of Gauss-Newton is left."""
+    batch = {name: torch.tensor(token_rows(2)[name]) for name in ("input_ids", "labels")}
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    for each in (model, fresh):
+        each.zero_grad()
+        each.train()
+        each(**batch).loss.backward()
+    wanted = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, wanted[name].grad)
+    assert "forward" not in model.__dict__
+    assert model.config._attn_implementation == attention
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the second step's `event`."""
+
+    def __init__(self, event):
+        def interrupt(args, state, control, **kwargs):
+            if state.global_step >= 1:
+                raise KeyboardInterrupt
+
+        setattr(self, event, interrupt)
+
+
+def interrupted(folder, event, model=None):
+    trainer = make_trainer(folder, callbacks=[Interrupt(event)], model=model, gradient_accumulation_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer.model
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_pre_optimizer_step"])
+def test_an_interrupted_training_leaves_the_models_own_loss(tmp_path, event):
+    assert_untouched(interrupted(tmp_path, event), attention="eager")
+
+
+def test_a_forward_pass_that_is_interrupted_puts_everything_back(tmp_path):
+    calls = []
+
+    def loss(logits, labels, num_items_in_batch=None):
+        calls.append(None)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return total / num_items_in_batch
+
+    trainer = make_trainer(tmp_path, loss=loss)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
+    assert_untouched(trainer.model)
+
+
+def test_the_next_training_puts_back_what_an_interrupted_one_left(tmp_path):
+    trained = []
+    for model in (make_model(), interrupted(tmp_path, "on_substep_end", make_model())):
+        model.load_state_dict(make_model().state_dict())
+        make_trainer(tmp_path, model=model).train()
+        trained.append(model)
+        assert_untouched(model)
+    first, second = map(trainable, trained)
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+
+
+def test_errors_of_its_own_put_everything_back(tmp_path):
+    half = make_model()
+    next(p for p in half.parameters() if p.requires_grad).data = torch.zeros(2, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="Gauss-Newton trains in float32"):
+        make_trainer(tmp_path, model=half).train()
+    assert half.config._attn_implementation == "sdpa" and "forward" not in half.__dict__
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("labels")
+    with pytest.raises(ValueError, match="training batch without labels"):
+        trainer.train()
+    assert_untouched(trainer.model)
+
+
 def test_training_logs_and_ends_with_a_commit(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, max_steps=8, logging_steps=1)

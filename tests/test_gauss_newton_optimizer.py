@@ -162,6 +162,22 @@ def test_layerwise_gradients_are_those_of_each_layer_alone():
             torch.testing.assert_close(params[name].grad, wanted[name])
 
 
+def test_layers_may_be_given():
+    model = mlp()
+    layers = [["0.weight", "3.bias"], ["0.bias", "3.weight"]]
+    config = GaussNewtonConfig(layerwise=True, inner_optimizer="adamw", inner_steps=4)
+    optimizer = GaussNewton(model.named_parameters(), config, lr=0.1, layers=layers)
+    *data, (x, y) = batches(3)
+    train(model, optimizer, data)
+    optimizer.loss(*functions(model, x, y)).backward()
+    params = dict(model.named_parameters())
+    for layer in layers:
+        delta = {n: optimizer.state[params[n]]["delta"] for n in layer}
+        _, wanted = linearized_loss_and_grad(*functions(model, x, y), params, delta)
+        for name in layer:
+            torch.testing.assert_close(params[name].grad, wanted[name])
+
+
 # Micro-batches, clipping, schedules: as with any optimizer.
 
 
@@ -335,6 +351,8 @@ def test_refusals():
         GaussNewton(nn.Sequential(nn.Linear(2, 2)).bfloat16().named_parameters())
     with pytest.raises(ValueError, match=r"muon=\['0.bias'\]: not matrices"):
         GaussNewton(model.named_parameters(), muon=["0.bias"])
+    with pytest.raises(ValueError, match=r"layers=\[\['0.weight'\]\]: have to hold every parameter once"):
+        GaussNewton(model.named_parameters(), layers=[["0.weight"]])
     optimizer = GaussNewton(model.named_parameters(), GaussNewtonConfig(inner_steps=1))
     with pytest.raises(ValueError, match="takes no closure"):
         optimizer.step(lambda: 0.0)

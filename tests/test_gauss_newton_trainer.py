@@ -23,6 +23,7 @@ from transformers import (
 
 from peft_scalora import GaussNewton, GaussNewtonCallback, GaussNewtonConfig
 from peft_scalora.gauss_newton import matrix_names
+from peft_scalora.gauss_newton.callback import take_over
 
 
 class Batches:
@@ -134,6 +135,18 @@ def test_all_that_was_installed_is_taken_away(tmp_path):
     batch = {name: torch.tensor(token_rows(2)[name]) for name in ("input_ids", "labels")}
     model(**batch).loss.backward()
     trainer.train()  # and it can train again
+
+
+def test_layers_are_the_models_whatever_trainers_groups(tmp_path):
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(BertConfig(**sizes))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none"))
+    taken = take_over(trainer.create_optimizer(), model, GaussNewtonConfig(layerwise=True))
+    assert [len(group["params"]) for group in taken.param_groups] == [17, 24]
+    blocks = [[n for n, _ in model.named_parameters() if n.startswith(f"bert.encoder.layer.{i}.")] for i in range(2)]
+    embedding = [n for n, _ in model.named_parameters() if n.startswith("bert.embeddings.")]
+    head = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"]
+    assert taken.layers == [embedding, *blocks, head]
 
 
 # Trainings that do not reach their end: Trainer tells no callback.

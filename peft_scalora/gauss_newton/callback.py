@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from .config import GaussNewtonConfig
 from .forward import LinearizedForward, LogitsLoss, base_model, task_loss
-from .grouping import matrix_names
+from .grouping import layers_of, matrix_names
 from .optimizer import GaussNewton
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,14 @@ def take_over(optimizer, model: nn.Module, config: GaussNewtonConfig) -> GaussNe
     """A GaussNewton on the parameters, groups and (after a checkpoint was loaded) the state of `optimizer`."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [g | {"param_names": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    taken = GaussNewton(groups, config, muon=matrix_names(model) if config.inner_optimizer == "muon" else None)
+    stepped = {name for group in groups for name in group["param_names"]}
+    taken = GaussNewton(
+        groups,
+        config,
+        muon=matrix_names(model) if config.inner_optimizer == "muon" else None,
+        # Trainer's groups put decayed parameters first.
+        layers=layers_of(name for name, _ in model.named_parameters() if name in stepped),
+    )
     if optimizer.state:
         taken.load_state_dict(optimizer.state_dict())
         optimizer.state.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -41,9 +41,12 @@ class GaussNewton(torch.optim.Optimizer):
         weight_decay: decoupled decay of θ + δ.
         betas, eps: of AdamW, which steps what Muon does not.
         muon: names of the matrices that Muon steps; all of them unless given. See `matrix_names`.
+        layers: names of the parameters linearized together if `layerwise`; unless given, `layers_of` the parameters,
+            which then have to be in the model's order.
 
     Raises:
-        ValueError: parameters have no names or half precision, or `muon` names something else than a matrix.
+        ValueError: parameters have no names or half precision, `muon` names something else than a matrix, or `layers`
+            do not hold every parameter once.
     """
 
     def __init__(
@@ -55,13 +58,15 @@ class GaussNewton(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         muon: Collection[str] | None = None,
+        layers: Sequence[Sequence[str]] | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.config = config or GaussNewtonConfig()
         self._params = _named(self.param_groups)
         self._delta = {name: torch.zeros_like(p) for name, p in self._params.items()}
-        self._layers = layers_of(self._params)
+        self.layers = layers_of(self._params) if layers is None else layers
         self._check_precision()
+        self._check_layers()
         muon = self._muon_names(muon)
         # Group by group, since learning rates differ; kept by index, since loading replaces the groups.
         self._inner = [self._inner_optimizers(group, muon) for group in self.param_groups]
@@ -118,8 +123,8 @@ class GaussNewton(torch.optim.Optimizer):
         if not self.config.layerwise:
             return linearized_loss_and_grad(forward, loss, self._params, self._delta, self.config.variant)
         values, gradients = [], {}
-        for index, layer in enumerate(self._layers):
-            last = index == len(self._layers) - 1
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
             # Every layer sees the same dropout masks.
             with nullcontext() if last else self.unchanged_randomness():
                 delta = {name: self._delta[name] for name in layer}
@@ -300,6 +305,10 @@ class GaussNewton(torch.optim.Optimizer):
                     f"parameter {name!r} is {p.dtype}: Gauss-Newton trains in float32. Load the model with "
                     "dtype=torch.float32, or keep half precision for frozen weights only."
                 )
+
+    def _check_layers(self) -> None:
+        if sorted(name for layer in self.layers for name in layer) != sorted(self._params):
+            raise ValueError(f"layers={self.layers!r}: have to hold every parameter once. See layers_of.")
 
     def _muon_names(self, muon: Collection[str] | None) -> set[str]:
         if self.config.inner_optimizer != "muon":

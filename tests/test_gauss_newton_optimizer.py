@@ -288,6 +288,25 @@ def test_step_sizes_share_dropout_masks_and_leave_random_numbers_alone():
     assert len(set(optimizer._batches[0].losses.tolist())) == 1  # δ = 0: only the masks could differ
 
 
+def test_frozen_parameters_are_left_out():
+    model = mlp()
+    model[0].requires_grad_(False)
+    start = [p.clone() for p in model[0].parameters()]
+    settings = GaussNewtonConfig(inner_steps=2, layerwise=True)
+    data = list(batches(3))
+    optimizer = GaussNewton(model.named_parameters(), settings)
+    train(model, optimizer, data)
+    assert optimizer.param_groups[0]["param_names"] == ["3.weight", "3.bias"]
+    assert len(optimizer.state) == 2
+    assert all(torch.equal(a, p) for a, p in zip(start, model[0].parameters()))
+    head = mlp()
+    train(head, GaussNewton([(f"3.{n}", p) for n, p in head[3].named_parameters()], settings), data)
+    assert optimizer.progress["step_size"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(model[3].parameters(), head[3].parameters()))
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        GaussNewton(model.requires_grad_(False).named_parameters())
+
+
 # Saving.
 
 

@@ -35,7 +35,8 @@ class GaussNewton(torch.optim.Optimizer):
     holds all there is, so a run resumes exactly, within an inner loop too.
 
     Args:
-        params: named parameters, or groups whose "params" are named; all of them float32 or float64.
+        params: named parameters, or groups whose "params" are named; float32 or float64. Frozen ones (requires_grad
+            False) are left out.
         config: the method's settings.
         lr: learning rate of the inner steps; may be scheduled. Not used by "cg".
         weight_decay: decoupled decay of θ + δ.
@@ -45,8 +46,8 @@ class GaussNewton(torch.optim.Optimizer):
             which then have to be in the model's order.
 
     Raises:
-        ValueError: parameters have no names or half precision, `muon` names something else than a matrix, or `layers`
-            do not hold every parameter once.
+        ValueError: parameters have no names or half precision or are all frozen, `muon` names something else than a
+            matrix, or `layers` do not hold every parameter once.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class GaussNewton(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.config = config or GaussNewtonConfig()
-        self._params = _named(self.param_groups)
+        self._params = _trainable(self.param_groups)
         self._delta = {name: torch.zeros_like(p) for name, p in self._params.items()}
         self.layers = layers_of(self._params) if layers is None else layers
         self._check_precision()
@@ -321,10 +322,18 @@ class GaussNewton(torch.optim.Optimizer):
         return set(muon)
 
 
-def _named(groups: list[dict]) -> dict[str, nn.Parameter]:
+def _trainable(groups: list[dict]) -> dict[str, nn.Parameter]:
+    """The parameters by name; the frozen ones leave their groups."""
     if any("param_names" not in group for group in groups):
         raise ValueError("GaussNewton needs named parameters: pass model.named_parameters(), or groups of such pairs.")
-    return {name: p for group in groups for name, p in zip(group["param_names"], group["params"])}
+    trainable = {}
+    for group in groups:
+        named = {name: p for name, p in zip(group["param_names"], group["params"]) if p.requires_grad}
+        group["param_names"], group["params"] = list(named), list(named.values())
+        trainable |= named
+    if not trainable:
+        raise ValueError("no parameter requires a gradient: unfreeze what GaussNewton is to train.")
+    return trainable
 
 
 def _mean_over_ranks(tensor: Tensor) -> Tensor:

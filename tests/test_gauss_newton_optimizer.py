@@ -372,6 +372,8 @@ def test_refusals():
         GaussNewton(model.named_parameters(), muon=["0.bias"])
     with pytest.raises(ValueError, match=r"layers=\[\['0.weight'\]\]: have to hold every parameter once"):
         GaussNewton(model.named_parameters(), layers=[["0.weight"]])
+    with pytest.raises(ValueError, match=r"weight_decay=0.1: inner_optimizer='cg' .* pass weight_decay=0"):
+        make(model, inner_optimizer="cg", weight_decay=0.1)
     optimizer = GaussNewton(model.named_parameters(), GaussNewtonConfig(inner_steps=1))
     with pytest.raises(ValueError, match="takes no closure"):
         optimizer.step(lambda: 0.0)

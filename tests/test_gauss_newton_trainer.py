@@ -346,6 +346,11 @@ def test_token_weights_that_cannot_work_are_refused(tmp_path):
         ({"gradient_checkpointing": True}, {}, "gradient_checkpointing=True: .* pass gradient_checkpointing=False"),
         ({"torch_compile": True}, {}, "torch_compile=True"),
         ({"max_grad_norm": 1.0}, {"inner_optimizer": "cg"}, "max_grad_norm=1.0: .* pass max_grad_norm=0"),
+        (
+            {"weight_decay": 0.1, "max_grad_norm": 0.0},
+            {"inner_optimizer": "cg"},
+            "weight_decay=0.1: .* pass weight_decay=0",
+        ),
         ({"label_smoothing_factor": 0.1}, {}, "without labels: .* label_smoothing_factor"),
     ],
     ids=lambda value: next(iter(value), None) if isinstance(value, dict) else None,

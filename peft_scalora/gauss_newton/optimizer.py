@@ -39,7 +39,7 @@ class GaussNewton(torch.optim.Optimizer):
             False) are left out.
         config: the method's settings.
         lr: learning rate of the inner steps; may be scheduled. Not used by "cg".
-        weight_decay: decoupled decay of θ + δ.
+        weight_decay: decoupled decay of θ + δ. Not for "cg".
         betas, eps: of AdamW, which steps what Muon does not.
         muon: names of the matrices that Muon steps; all of them unless given. See `matrix_names`.
         layers: names of the parameters linearized together if `layerwise`; unless given, `layers_of` the parameters,
@@ -47,7 +47,7 @@ class GaussNewton(torch.optim.Optimizer):
 
     Raises:
         ValueError: parameters have no names or half precision or are all frozen, `muon` names something else than a
-            matrix, or `layers` do not hold every parameter once.
+            matrix, `layers` do not hold every parameter once, or weights are to decay with "cg".
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class GaussNewton(torch.optim.Optimizer):
         self.layers = layers_of(self._params) if layers is None else layers
         self._check_precision()
         self._check_layers()
+        self._check_decay()
         muon = self._muon_names(muon)
         # Group by group, since learning rates differ; kept by index, since loading replaces the groups.
         self._inner = [self._inner_optimizers(group, muon) for group in self.param_groups]
@@ -310,6 +311,13 @@ class GaussNewton(torch.optim.Optimizer):
     def _check_layers(self) -> None:
         if sorted(name for layer in self.layers for name in layer) != sorted(self._params):
             raise ValueError(f"layers={self.layers!r}: have to hold every parameter once. See layers_of.")
+
+    def _check_decay(self) -> None:
+        decays = [group["weight_decay"] for group in self.param_groups if group["weight_decay"]]
+        if decays and self.config.inner_optimizer == "cg":
+            raise ValueError(
+                f"weight_decay={decays[0]!r}: inner_optimizer='cg' solves for the loss alone; pass weight_decay=0."
+            )
 
     def _muon_names(self, muon: Collection[str] | None) -> set[str]:
         if self.config.inner_optimizer != "muon":

@@ -195,6 +195,17 @@ def test_accumulated_micro_batches_equal_one_batch():
         torch.testing.assert_close(whole, accumulated)
 
 
+def test_the_loss_of_a_line_search_is_that_of_the_committed_weights():
+    model = mlp()
+    optimizer = make(model, inner_steps=2, inner_optimizer="adamw", lr=0.1)
+    train(model, optimizer, batches(2))
+    for x, y in batches(3, seed=9, rows=2):  # accumulated
+        value = optimizer.loss(*functions(model, x, y))
+        value.backward()
+        torch.testing.assert_close(value, F.cross_entropy(model(x), y))
+        assert not any(p.grad.any() for p in model.parameters())
+
+
 def test_a_scheduler_sets_the_rate_of_the_inner_steps():
     moved = []
     for factor in (1.0, 0.5):

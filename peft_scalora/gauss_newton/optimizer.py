@@ -103,7 +103,7 @@ class GaussNewton(torch.optim.Optimizer):
     # The loss of one micro-batch.
 
     def loss(self, forward: Forward, loss: Loss) -> Tensor:
-        """The scalar to call `backward` on: the linearized objective, or in a line search the least loss (no gradient).
+        """The scalar to call `backward` on: the linearized objective, or in a line search the loss at θ (no gradient).
 
         Args:
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
@@ -112,7 +112,7 @@ class GaussNewton(torch.optim.Optimizer):
         batch = _Batch(forward, loss, _Weight())
         if self.in_line_search:
             batch.losses = self._losses_by_step_size(forward, loss)
-            value = batch.losses.nan_to_num(math.inf).min()
+            value = batch.losses[self._alphas.index(0.0)]
             # Data-parallel training waits for every gradient.
             gradients = {name: torch.zeros_like(p) for name, p in self._params.items()}
         else:

@@ -408,6 +408,43 @@ def test_a_loss_that_is_not_a_function_of_the_logits_is_refused_not_dropped(tmp_
     assert trainer.state.log_history[-2]["gauss_newton/loss"] > 1.0
 
 
+class PlainClassifier(torch.nn.Module):
+    """Not a transformers model: no config, a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_plain_module_trains_with_a_loss_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    rows = torch.randn(64, 4)
+    data = [{"x": row, "labels": int(row[0] > 0)} for row in rows]
+    runs = []
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits, labels)
+
+    for callback in ([], [GaussNewtonCallback(GaussNewtonConfig(inner_steps=3), loss)]):
+        torch.manual_seed(0)
+        gradients = Gradients()
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=20, per_device_train_batch_size=8, report_to="none", use_cpu=True, seed=1,
+            disable_tqdm=True, save_strategy="no", learning_rate=0.1,
+        )  # fmt: skip
+        model = PlainClassifier()
+        Trainer(model, arguments, train_dataset=data, callbacks=[*callback, gradients]).train()
+        runs.append(gradients)
+    assert_same_first_gradient(runs)
+    labels = (rows[:, 0] > 0).long()
+    torch.manual_seed(0)
+    assert F.cross_entropy(model.linear(rows), labels) < 0.8 * F.cross_entropy(PlainClassifier().linear(rows), labels)
+
+
 def test_models_without_a_known_loss_are_refused():
     from peft_scalora.gauss_newton.forward import task_loss
 

@@ -35,7 +35,8 @@ class GaussNewtonCallback(TrainerCallback):
 
     Args:
         config: settings of the method.
-        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own.
+        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own. A model that
+            is none of transformers' has to return a dict with its logits, with and without labels.
 
     Raises (when training begins):
         ValueError: a setting of Trainer or the model stands against it; names the remedy.
@@ -96,7 +97,7 @@ class GaussNewtonCallback(TrainerCallback):
         self.optimizer = self._forward = None
 
     def _switch_attention(self, model: nn.Module) -> None:
-        before = getattr(model.config, "_attn_implementation", "eager")
+        before = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
         if before == "eager":
             return
         self._undo.append(lambda: model.set_attn_implementation(before))

@@ -121,7 +121,7 @@ class LinearizedForward:
             nonlocal outputs
             named = {f"model.{name}": tensor for name, tensor in params.items()}
             outputs = functional_call(self._caller, named, args, kwargs)
-            return outputs.logits
+            return outputs["logits"]
 
         try:
             value = self.optimizer.loss(forward, functools.partial(self.loss, labels=labels, **loss_kwargs))
@@ -131,15 +131,16 @@ class LinearizedForward:
                 f"Gauss-Newton needs forward-mode differentiation, which a part of the model lacks ({reason}). Switch "
                 "off fused kernels (attn_implementation='eager', no liger or hub kernels)."
             ) from error
-        outputs.loss, outputs.logits = value, outputs.logits.detach()
+        outputs["loss"], outputs["logits"] = value, outputs["logits"].detach()
         return _fused_output(outputs, labels, **loss_kwargs) if fused_lm_head else outputs
 
     @torch.no_grad()
     def _check_loss(self, args, kwargs, labels: Tensor, loss_kwargs: dict) -> None:
         with self.optimizer.unchanged_randomness():
             outputs = self.own_forward(*args, labels=labels, **kwargs, **loss_kwargs)
-        if outputs.loss is not None:
-            own, given = outputs.loss, self.loss(outputs.logits, labels=labels, **loss_kwargs)
+        own = outputs.get("loss")
+        if own is not None:
+            given = self.loss(outputs["logits"], labels=labels, **loss_kwargs)
             if not torch.isclose(own.float(), given.float(), rtol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"{type(base_model(self.model)).__name__} computes a loss of {float(own):.6g} where Gauss-Newton's "

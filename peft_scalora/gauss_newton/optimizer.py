@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batches import Batch, KnownGradients, Weight
 from .config import GaussNewtonConfig
 from .grouping import layers_of
 from .inner import adapt_damping, conjugate_gradient, inner_rate, make_inner_optimizers
@@ -72,7 +73,7 @@ class GaussNewton(torch.optim.Optimizer):
         muon = self._muon_names(muon)
         # Group by group, since learning rates differ; kept by index, since loading replaces the groups.
         self._inner = [self._inner_optimizers(group, muon) for group in self.param_groups]
-        self._batches: list[_Batch] = []  # of the step in progress
+        self._batches: list[Batch] = []  # of the step in progress
         self._alphas = step_sizes(self.config.line_search_points)
         start = {"position": 0, "outer_steps": 0, "step_size": math.nan, "loss": math.nan}
         start |= {"losses": [0.0] * len(self._alphas), "damping": self.config.damping, "predicted": 0.0}
@@ -109,7 +110,7 @@ class GaussNewton(torch.optim.Optimizer):
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
             loss: maps the outputs to a scalar that is convex in them.
         """
-        batch = _Batch(forward, loss, _Weight())
+        batch = Batch(forward, loss, Weight())
         if self.in_line_search:
             batch.losses = self._losses_by_step_size(forward, loss)
             value = batch.losses[self._alphas.index(0.0)]
@@ -119,7 +120,7 @@ class GaussNewton(torch.optim.Optimizer):
             value, gradients = self._value_and_gradients(forward, loss)
         if self.in_line_search or self.config.inner_optimizer == "cg":
             self._batches.append(batch)
-        return _KnownGradients.apply(value, batch.weight, *self._params.values(), *gradients.values())
+        return KnownGradients.apply(value, batch.weight, *self._params.values(), *gradients.values())
 
     def _value_and_gradients(self, forward: Forward, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.config.layerwise:
@@ -349,36 +350,3 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
-
-
-class _Weight:
-    """The weight of a micro-batch's loss, which `backward` tells."""
-
-    value: float | Tensor = 1.0
-
-
-@dataclass
-class _Batch:
-    """A micro-batch of the step in progress: its functions, its weight, its losses by step size in a line search."""
-
-    forward: Forward
-    loss: Loss
-    weight: _Weight
-    losses: Tensor | None = None
-
-
-class _KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to the parameters have been computed already."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, weight: _Weight, *params_and_gradients: Tensor) -> Tensor:
-        # Of the batch no more than its weight: `forward` may hold outputs that hold this value, and no collector sees
-        # a cycle that goes through the graph.
-        ctx.weight, ctx.params = weight, len(params_and_gradients) // 2
-        ctx.save_for_backward(*params_and_gradients[ctx.params :])
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        ctx.weight.value = upstream.detach()
-        return None, None, *(upstream * g for g in ctx.saved_tensors), *[None] * ctx.params

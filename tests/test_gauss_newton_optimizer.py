@@ -162,6 +162,22 @@ def test_layerwise_gradients_are_those_of_each_layer_alone():
             torch.testing.assert_close(params[name].grad, wanted[name])
 
 
+def test_layers_may_be_given():
+    model = mlp()
+    layers = [["0.weight", "3.bias"], ["0.bias", "3.weight"]]
+    config = GaussNewtonConfig(layerwise=True, inner_optimizer="adamw", inner_steps=4)
+    optimizer = GaussNewton(model.named_parameters(), config, lr=0.1, layers=layers)
+    *data, (x, y) = batches(3)
+    train(model, optimizer, data)
+    optimizer.loss(*functions(model, x, y)).backward()
+    params = dict(model.named_parameters())
+    for layer in layers:
+        delta = {n: optimizer.state[params[n]]["delta"] for n in layer}
+        _, wanted = linearized_loss_and_grad(*functions(model, x, y), params, delta)
+        for name in layer:
+            torch.testing.assert_close(params[name].grad, wanted[name])
+
+
 # Micro-batches, clipping, schedules: as with any optimizer.
 
 
@@ -177,6 +193,17 @@ def test_accumulated_micro_batches_equal_one_batch():
         gradients.append([p.grad for p in model.parameters()])
     for whole, accumulated in zip(*gradients):
         torch.testing.assert_close(whole, accumulated)
+
+
+def test_the_loss_of_a_line_search_is_that_of_the_committed_weights():
+    model = mlp()
+    optimizer = make(model, inner_steps=2, inner_optimizer="adamw", lr=0.1)
+    train(model, optimizer, batches(2))
+    for x, y in batches(3, seed=9, rows=2):  # accumulated
+        value = optimizer.loss(*functions(model, x, y))
+        value.backward()
+        torch.testing.assert_close(value, F.cross_entropy(model(x), y))
+        assert not any(p.grad.any() for p in model.parameters())
 
 
 def test_a_scheduler_sets_the_rate_of_the_inner_steps():
@@ -224,6 +251,43 @@ def test_a_step_that_worsens_the_loss_is_rejected():
     assert all(not optimizer.state[p]["delta"].any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("bad", ["input", "gradient"])
+@pytest.mark.parametrize("inner", ["adamw", "muon"])
+def test_a_bad_batch_costs_its_outer_step_and_nothing_else(inner, bad):
+    settings = {"inner_steps": 2, "inner_optimizer": inner, "lr": 0.05}
+    (x, y), *data = batches(9)
+    model, spared = mlp(), mlp()
+    optimizer = make(model, **settings)
+    if bad == "input":
+        x = x.clone()
+        x[0, 0] = math.inf
+    optimizer.loss(*functions(model, x, y)).backward()
+    if bad == "gradient":  # its square overflows, so that AdamW would never move that bias again
+        model[0].bias.grad[0] = 1e200
+    optimizer.step()
+    optimizer.zero_grad()
+    train(model, optimizer, data[:2])
+    assert optimizer.progress["step_size"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), spared.parameters()))
+    train(model, optimizer, data[2:])
+    train(spared, make(spared, **settings), data[2:])
+    assert optimizer.progress["outer_steps"] == 3 and optimizer.progress["step_size"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), spared.parameters()))
+
+
+def test_a_change_that_is_not_finite_is_rejected_where_the_line_search_does_not_see_it():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 5))
+    optimizer = make(model, inner_steps=1, inner_optimizer="adamw", lr=0.1)
+    start = [p.detach().clone() for p in model.parameters()]
+    x, y = torch.tensor([1, 2]), torch.tensor([0, 1])
+    optimizer.loss(*functions(model, x, y)).backward()
+    model[0].weight.grad[3] = math.nan  # a token that is not in the batch
+    optimizer.step()
+    train(model, optimizer, [(x, y)])
+    assert optimizer.progress["outer_steps"] == 1 and optimizer.progress["step_size"] == 0.0
+    assert all(torch.equal(a, p) for a, p in zip(start, model.parameters()))
+
+
 def test_step_sizes_share_dropout_masks_and_leave_random_numbers_alone():
     model = mlp(dropout=0.5)
     optimizer = make(model, inner_steps=1, inner_optimizer="adamw", lr=0.0)
@@ -233,6 +297,25 @@ def test_step_sizes_share_dropout_masks_and_leave_random_numbers_alone():
     optimizer.loss(*functions(model, x, y))
     assert torch.equal(torch.get_rng_state(), before)
     assert len(set(optimizer._batches[0].losses.tolist())) == 1  # δ = 0: only the masks could differ
+
+
+def test_frozen_parameters_are_left_out():
+    model = mlp()
+    model[0].requires_grad_(False)
+    start = [p.clone() for p in model[0].parameters()]
+    settings = GaussNewtonConfig(inner_steps=2, layerwise=True)
+    data = list(batches(3))
+    optimizer = GaussNewton(model.named_parameters(), settings)
+    train(model, optimizer, data)
+    assert optimizer.param_groups[0]["param_names"] == ["3.weight", "3.bias"]
+    assert len(optimizer.state) == 2
+    assert all(torch.equal(a, p) for a, p in zip(start, model[0].parameters()))
+    head = mlp()
+    train(head, GaussNewton([(f"3.{n}", p) for n, p in head[3].named_parameters()], settings), data)
+    assert optimizer.progress["step_size"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(model[3].parameters(), head[3].parameters()))
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        GaussNewton(model.requires_grad_(False).named_parameters())
 
 
 # Saving.
@@ -298,6 +381,10 @@ def test_refusals():
         GaussNewton(nn.Sequential(nn.Linear(2, 2)).bfloat16().named_parameters())
     with pytest.raises(ValueError, match=r"muon=\['0.bias'\]: not matrices"):
         GaussNewton(model.named_parameters(), muon=["0.bias"])
+    with pytest.raises(ValueError, match=r"layers=\[\['0.weight'\]\]: have to hold every parameter once"):
+        GaussNewton(model.named_parameters(), layers=[["0.weight"]])
+    with pytest.raises(ValueError, match=r"weight_decay=0.1: inner_optimizer='cg' .* pass weight_decay=0"):
+        make(model, inner_optimizer="cg", weight_decay=0.1)
     optimizer = GaussNewton(model.named_parameters(), GaussNewtonConfig(inner_steps=1))
     with pytest.raises(ValueError, match="takes no closure"):
         optimizer.step(lambda: 0.0)

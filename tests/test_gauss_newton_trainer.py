@@ -23,6 +23,7 @@ from transformers import (
 
 from peft_scalora import GaussNewton, GaussNewtonCallback, GaussNewtonConfig
 from peft_scalora.gauss_newton import matrix_names
+from peft_scalora.gauss_newton.callback import take_over
 
 
 class Batches:
@@ -134,6 +135,102 @@ def test_all_that_was_installed_is_taken_away(tmp_path):
     batch = {name: torch.tensor(token_rows(2)[name]) for name in ("input_ids", "labels")}
     model(**batch).loss.backward()
     trainer.train()  # and it can train again
+
+
+def test_layers_are_the_models_whatever_trainers_groups(tmp_path):
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(BertConfig(**sizes))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none"))
+    taken = take_over(trainer.create_optimizer(), model, GaussNewtonConfig(layerwise=True))
+    assert [len(group["params"]) for group in taken.param_groups] == [17, 24]
+    blocks = [[n for n, _ in model.named_parameters() if n.startswith(f"bert.encoder.layer.{i}.")] for i in range(2)]
+    embedding = [n for n, _ in model.named_parameters() if n.startswith("bert.embeddings.")]
+    head = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"]
+    assert taken.layers == [embedding, *blocks, head]
+
+
+# Trainings that do not reach their end: Trainer tells no callback.
+
+
+def assert_untouched(model, attention="sdpa"):
+    """`model` gives the gradients of a fresh one with the same weights, and nothing of Gauss-Newton is left."""
+    batch = {name: torch.tensor(token_rows(2)[name]) for name in ("input_ids", "labels")}
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    for each in (model, fresh):
+        each.zero_grad()
+        each.train()
+        each(**batch).loss.backward()
+    wanted = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, wanted[name].grad)
+    assert "forward" not in model.__dict__
+    assert model.config._attn_implementation == attention
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the second step's `event`."""
+
+    def __init__(self, event):
+        def interrupt(args, state, control, **kwargs):
+            if state.global_step >= 1:
+                raise KeyboardInterrupt
+
+        setattr(self, event, interrupt)
+
+
+def interrupted(folder, event, model=None):
+    trainer = make_trainer(folder, callbacks=[Interrupt(event)], model=model, gradient_accumulation_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer.model
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_pre_optimizer_step"])
+def test_an_interrupted_training_leaves_the_models_own_loss(tmp_path, event):
+    assert_untouched(interrupted(tmp_path, event), attention="eager")
+
+
+def test_a_forward_pass_that_is_interrupted_puts_everything_back(tmp_path):
+    calls = []
+
+    def loss(logits, labels, num_items_in_batch=None):
+        calls.append(None)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return total / num_items_in_batch
+
+    trainer = make_trainer(tmp_path, loss=loss)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
+    assert_untouched(trainer.model)
+
+
+def test_the_next_training_puts_back_what_an_interrupted_one_left(tmp_path):
+    trained = []
+    for model in (make_model(), interrupted(tmp_path, "on_substep_end", make_model())):
+        model.load_state_dict(make_model().state_dict())
+        make_trainer(tmp_path, model=model).train()
+        trained.append(model)
+        assert_untouched(model)
+    first, second = map(trainable, trained)
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+
+
+def test_errors_of_its_own_put_everything_back(tmp_path):
+    half = make_model()
+    next(p for p in half.parameters() if p.requires_grad).data = torch.zeros(2, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="Gauss-Newton trains in float32"):
+        make_trainer(tmp_path, model=half).train()
+    assert half.config._attn_implementation == "sdpa" and "forward" not in half.__dict__
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("labels")
+    with pytest.raises(ValueError, match="training batch without labels"):
+        trainer.train()
+    assert_untouched(trainer.model)
 
 
 def test_training_logs_and_ends_with_a_commit(tmp_path, caplog):
@@ -249,6 +346,11 @@ def test_token_weights_that_cannot_work_are_refused(tmp_path):
         ({"gradient_checkpointing": True}, {}, "gradient_checkpointing=True: .* pass gradient_checkpointing=False"),
         ({"torch_compile": True}, {}, "torch_compile=True"),
         ({"max_grad_norm": 1.0}, {"inner_optimizer": "cg"}, "max_grad_norm=1.0: .* pass max_grad_norm=0"),
+        (
+            {"weight_decay": 0.1, "max_grad_norm": 0.0},
+            {"inner_optimizer": "cg"},
+            "weight_decay=0.1: .* pass weight_decay=0",
+        ),
         ({"label_smoothing_factor": 0.1}, {}, "without labels: .* label_smoothing_factor"),
     ],
     ids=lambda value: next(iter(value), None) if isinstance(value, dict) else None,
@@ -304,6 +406,43 @@ def test_a_loss_that_is_not_a_function_of_the_logits_is_refused_not_dropped(tmp_
     trainer = make_trainer(tmp_path, model=ShiftedForCausalLM(language_model().config), loss=loss)
     trainer.train()
     assert trainer.state.log_history[-2]["gauss_newton/loss"] > 1.0
+
+
+class PlainClassifier(torch.nn.Module):
+    """Not a transformers model: no config, a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_plain_module_trains_with_a_loss_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    rows = torch.randn(64, 4)
+    data = [{"x": row, "labels": int(row[0] > 0)} for row in rows]
+    runs = []
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits, labels)
+
+    for callback in ([], [GaussNewtonCallback(GaussNewtonConfig(inner_steps=3), loss)]):
+        torch.manual_seed(0)
+        gradients = Gradients()
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=20, per_device_train_batch_size=8, report_to="none", use_cpu=True, seed=1,
+            disable_tqdm=True, save_strategy="no", learning_rate=0.1,
+        )  # fmt: skip
+        model = PlainClassifier()
+        Trainer(model, arguments, train_dataset=data, callbacks=[*callback, gradients]).train()
+        runs.append(gradients)
+    assert_same_first_gradient(runs)
+    labels = (rows[:, 0] > 0).long()
+    torch.manual_seed(0)
+    assert F.cross_entropy(model.linear(rows), labels) < 0.8 * F.cross_entropy(PlainClassifier().linear(rows), labels)
 
 
 def test_models_without_a_known_loss_are_refused():

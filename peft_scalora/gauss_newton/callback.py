@@ -9,10 +9,11 @@ from transformers import TrainerCallback
 
 from .config import GaussNewtonConfig
 from .forward import LinearizedForward, LogitsLoss, base_model, task_loss
-from .grouping import matrix_names
+from .grouping import layers_of, matrix_names
 from .optimizer import GaussNewton
 
 logger = logging.getLogger(__name__)
+_LEFT_BEHIND = "_gauss_newton_put_back"  # attribute of a model while it is changed: undoes that
 
 
 class GaussNewtonCallback(TrainerCallback):
@@ -23,16 +24,19 @@ class GaussNewtonCallback(TrainerCallback):
     betas, clipping, accumulation and logging stay Trainer's. The model holds the committed weights all the time, so
     evaluation and saved models are of those. The last outer step is cut short where `max_steps` ends.
 
-    When training begins, the optimizer that Trainer made is replaced by one on the same parameters and `model.forward`
-    by one whose loss is linearized; when it ends, both are put back. Attention without forward-mode rules (SDPA, flash)
-    is switched to "eager" meanwhile, with a warning.
+    When training begins, the optimizer that Trainer made is replaced by one on the same parameters; when it ends, or
+    fails within a forward pass, that is put back. From the beginning of each step until all its gradients are there,
+    `model.forward` is one whose loss is linearized. Attention without forward-mode rules (SDPA, flash) is switched to
+    "eager" meanwhile, with a warning. What a training interrupted elsewhere leaves behind, the next GaussNewtonCallback
+    puts back.
 
     Logs gauss_newton/outer_step, gauss_newton/step_size (0: rejected) and gauss_newton/loss: that of the committed
     weights on the batches of the line search.
 
     Args:
         config: settings of the method.
-        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own.
+        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own. A model that
+            is none of transformers' has to return a dict with its logits, with and without labels.
 
     Raises (when training begins):
         ValueError: a setting of Trainer or the model stands against it; names the remedy.
@@ -41,26 +45,34 @@ class GaussNewtonCallback(TrainerCallback):
     def __init__(self, config: GaussNewtonConfig | None = None, loss: LogitsLoss | None = None):
         self.config, self.loss = config or GaussNewtonConfig(), loss
         self.optimizer: GaussNewton | None = None
+        self._forward: LinearizedForward | None = None
         self._undo: list = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        base = base_model(model)
         self._put_back()
+        getattr(base, _LEFT_BEHIND, lambda: None)()
         check_arguments(args, self.config)
         check_model(model)
         loss = self.loss or task_loss(model)
-        self._switch_attention(base_model(model))
         replaced = optimizer.optimizer
         self.optimizer = take_over(replaced, model, self.config)
+        self._forward = LinearizedForward(model, self.optimizer, loss, on_error=self._put_back)
+        # Nothing was changed up to here, and what is changed from here on can be put back.
+        setattr(base, _LEFT_BEHIND, self._put_back)
+        self._undo = [lambda: delattr(base, _LEFT_BEHIND), lambda: setattr(optimizer, "optimizer", replaced)]
+        self._undo.append(self._forward.remove)
         optimizer.optimizer = self.optimizer
-        self._undo.append(lambda: setattr(optimizer, "optimizer", replaced))
-        forward = LinearizedForward(model, self.optimizer, loss)
-        forward.install()
-        self._undo.append(forward.remove)
+        self._switch_attention(base)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._forward.install()
         inside = not (self.optimizer.in_line_search or self.optimizer.begins_outer_step)
         if inside and state.max_steps - state.global_step <= self.config.line_search_steps:
             self.optimizer.start_line_search()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._forward.remove()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.optimizer is None or logs is None or "loss" not in logs or not self.optimizer.progress["outer_steps"]:
@@ -82,14 +94,14 @@ class GaussNewtonCallback(TrainerCallback):
     def _put_back(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self.optimizer = None
+        self.optimizer = self._forward = None
 
     def _switch_attention(self, model: nn.Module) -> None:
-        before = getattr(model.config, "_attn_implementation", "eager")
+        before = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
         if before == "eager":
             return
-        model.set_attn_implementation("eager")
         self._undo.append(lambda: model.set_attn_implementation(before))
+        model.set_attn_implementation("eager")
         logger.warning("Gauss-Newton: attention %r has no forward-mode rule; training uses 'eager'.", before)
 
 
@@ -97,7 +109,14 @@ def take_over(optimizer, model: nn.Module, config: GaussNewtonConfig) -> GaussNe
     """A GaussNewton on the parameters, groups and (after a checkpoint was loaded) the state of `optimizer`."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [g | {"param_names": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    taken = GaussNewton(groups, config, muon=matrix_names(model) if config.inner_optimizer == "muon" else None)
+    stepped = {name for group in groups for name in group["param_names"]}
+    taken = GaussNewton(
+        groups,
+        config,
+        muon=matrix_names(model) if config.inner_optimizer == "muon" else None,
+        # Trainer's groups put decayed parameters first.
+        layers=layers_of(name for name, _ in model.named_parameters() if name in stepped),
+    )
     if optimizer.state:
         taken.load_state_dict(optimizer.state_dict())
         optimizer.state.clear()

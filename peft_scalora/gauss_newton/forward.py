@@ -64,32 +64,44 @@ class LinearizedForward:
     """model.forward while Gauss-Newton trains it: same arguments, and a loss that is the optimizer's.
 
     Outside training the model's own forward runs. The first batch is used to check that `loss` is what the model itself
-    computes, so that a router loss, or a head that scales its logits, is not lost without a word.
+    computes, so that a router loss, or a head that scales its logits, is not lost without a word. `on_error` is called
+    where a training pass is interrupted or fails: Trainer tells no callback.
 
     Raises (when called):
         ValueError: there are no labels, or `loss` is not the model's own.
         NotImplementedError: an operation has no forward-mode rule; says what to switch off.
     """
 
-    def __init__(self, model: nn.Module, optimizer: GaussNewton, loss: LogitsLoss):
-        self.model, self.optimizer, self.loss = model, optimizer, loss
-        self._replaced = model.__dict__.get("forward")
-        self.own_forward = model.forward
-        self._caller = _Caller(model, self.own_forward)
-        self._checked = False
+    def __init__(self, model: nn.Module, optimizer: GaussNewton, loss: LogitsLoss, on_error: Callable[[], None]):
+        self.model, self.optimizer, self.loss, self._on_error = model, optimizer, loss, on_error
+        self._installed = self._checked = False
 
     def install(self) -> None:
-        @functools.wraps(self.own_forward)
+        self.remove()
+        self._replaced = self.model.__dict__.get("forward")
+        self.own_forward = own_forward = self.model.forward
+        self._caller = _Caller(self.model, own_forward)
+
+        @functools.wraps(own_forward)
         def forward(*args, **kwargs):
-            training = self.model.training and torch.is_grad_enabled()
-            return self(*args, **kwargs) if training else self.own_forward(*args, **kwargs)
+            if not (self.model.training and torch.is_grad_enabled()):
+                return own_forward(*args, **kwargs)
+            try:
+                return self(*args, **kwargs)
+            except BaseException:
+                self._on_error()
+                raise
 
         self.model.forward = forward
+        self._installed = True
 
     def remove(self) -> None:
+        if not self._installed:
+            return
         del self.model.forward
         if self._replaced is not None:
             self.model.forward = self._replaced
+        self._installed = False
 
     def __call__(self, *args, labels: Tensor | None = None, fused_lm_head: bool = False, **kwargs):
         if labels is None:
@@ -109,7 +121,7 @@ class LinearizedForward:
             nonlocal outputs
             named = {f"model.{name}": tensor for name, tensor in params.items()}
             outputs = functional_call(self._caller, named, args, kwargs)
-            return outputs.logits
+            return outputs["logits"]
 
         try:
             value = self.optimizer.loss(forward, functools.partial(self.loss, labels=labels, **loss_kwargs))
@@ -119,15 +131,16 @@ class LinearizedForward:
                 f"Gauss-Newton needs forward-mode differentiation, which a part of the model lacks ({reason}). Switch "
                 "off fused kernels (attn_implementation='eager', no liger or hub kernels)."
             ) from error
-        outputs.loss, outputs.logits = value, outputs.logits.detach()
+        outputs["loss"], outputs["logits"] = value, outputs["logits"].detach()
         return _fused_output(outputs, labels, **loss_kwargs) if fused_lm_head else outputs
 
     @torch.no_grad()
     def _check_loss(self, args, kwargs, labels: Tensor, loss_kwargs: dict) -> None:
         with self.optimizer.unchanged_randomness():
             outputs = self.own_forward(*args, labels=labels, **kwargs, **loss_kwargs)
-        if outputs.loss is not None:
-            own, given = outputs.loss, self.loss(outputs.logits, labels=labels, **loss_kwargs)
+        own = outputs.get("loss")
+        if own is not None:
+            given = self.loss(outputs["logits"], labels=labels, **loss_kwargs)
             if not torch.isclose(own.float(), given.float(), rtol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"{type(base_model(self.model)).__name__} computes a loss of {float(own):.6g} where Gauss-Newton's "

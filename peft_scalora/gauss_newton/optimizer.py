@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batches import Batch, KnownGradients, Weight
 from .config import GaussNewtonConfig
 from .grouping import layers_of
 from .inner import adapt_damping, conjugate_gradient, inner_rate, make_inner_optimizers
@@ -35,15 +36,19 @@ class GaussNewton(torch.optim.Optimizer):
     holds all there is, so a run resumes exactly, within an inner loop too.
 
     Args:
-        params: named parameters, or groups whose "params" are named; all of them float32 or float64.
+        params: named parameters, or groups whose "params" are named; float32 or float64. Frozen ones (requires_grad
+            False) are left out.
         config: the method's settings.
         lr: learning rate of the inner steps; may be scheduled. Not used by "cg".
-        weight_decay: decoupled decay of θ + δ.
+        weight_decay: decoupled decay of θ + δ. Not for "cg".
         betas, eps: of AdamW, which steps what Muon does not.
         muon: names of the matrices that Muon steps; all of them unless given. See `matrix_names`.
+        layers: names of the parameters linearized together if `layerwise`; unless given, `layers_of` the parameters,
+            which then have to be in the model's order.
 
     Raises:
-        ValueError: parameters have no names or half precision, or `muon` names something else than a matrix.
+        ValueError: parameters have no names or half precision or are all frozen, `muon` names something else than a
+            matrix, `layers` do not hold every parameter once, or weights are to decay with "cg".
     """
 
     def __init__(
@@ -55,17 +60,20 @@ class GaussNewton(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         muon: Collection[str] | None = None,
+        layers: Sequence[Sequence[str]] | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.config = config or GaussNewtonConfig()
-        self._params = _named(self.param_groups)
+        self._params = _trainable(self.param_groups)
         self._delta = {name: torch.zeros_like(p) for name, p in self._params.items()}
-        self._layers = layers_of(self._params)
+        self.layers = layers_of(self._params) if layers is None else layers
         self._check_precision()
+        self._check_layers()
+        self._check_decay()
         muon = self._muon_names(muon)
         # Group by group, since learning rates differ; kept by index, since loading replaces the groups.
         self._inner = [self._inner_optimizers(group, muon) for group in self.param_groups]
-        self._batches: list[_Batch] = []  # of the step in progress
+        self._batches: list[Batch] = []  # of the step in progress
         self._alphas = step_sizes(self.config.line_search_points)
         start = {"position": 0, "outer_steps": 0, "step_size": math.nan, "loss": math.nan}
         start |= {"losses": [0.0] * len(self._alphas), "damping": self.config.damping, "predicted": 0.0}
@@ -96,30 +104,30 @@ class GaussNewton(torch.optim.Optimizer):
     # The loss of one micro-batch.
 
     def loss(self, forward: Forward, loss: Loss) -> Tensor:
-        """The scalar to call `backward` on: the linearized objective, or in a line search the least loss (no gradient).
+        """The scalar to call `backward` on: the linearized objective, or in a line search the loss at θ (no gradient).
 
         Args:
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
             loss: maps the outputs to a scalar that is convex in them.
         """
-        batch = _Batch(forward, loss, _Weight())
+        batch = Batch(forward, loss, Weight())
         if self.in_line_search:
             batch.losses = self._losses_by_step_size(forward, loss)
-            value = batch.losses.nan_to_num(math.inf).min()
+            value = batch.losses[self._alphas.index(0.0)]
             # Data-parallel training waits for every gradient.
             gradients = {name: torch.zeros_like(p) for name, p in self._params.items()}
         else:
             value, gradients = self._value_and_gradients(forward, loss)
         if self.in_line_search or self.config.inner_optimizer == "cg":
             self._batches.append(batch)
-        return _KnownGradients.apply(value, batch.weight, *self._params.values(), *gradients.values())
+        return KnownGradients.apply(value, batch.weight, *self._params.values(), *gradients.values())
 
     def _value_and_gradients(self, forward: Forward, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.config.layerwise:
             return linearized_loss_and_grad(forward, loss, self._params, self._delta, self.config.variant)
         values, gradients = [], {}
-        for index, layer in enumerate(self._layers):
-            last = index == len(self._layers) - 1
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
             # Every layer sees the same dropout masks.
             with nullcontext() if last else self.unchanged_randomness():
                 delta = {name: self._delta[name] for name in layer}
@@ -132,8 +140,10 @@ class GaussNewton(torch.optim.Optimizer):
     def _losses_by_step_size(self, forward: Forward, loss: Loss) -> Tensor:
         losses = []
         for alpha in self._alphas:
-            with self.unchanged_randomness():
+            params = self._params
+            if alpha:  # 0 · δ is not 0 where δ overflowed
                 params = {name: p.add(self._delta[name], alpha=alpha) for name, p in self._params.items()}
+            with self.unchanged_randomness():
                 losses.append(loss(forward(params)))
         return torch.stack(losses)
 
@@ -220,12 +230,23 @@ class GaussNewton(torch.optim.Optimizer):
             self._commit(best_step_size(self._alphas, progress["losses"]))
 
     def _commit(self, alpha: float) -> None:
-        """θ ← θ + α δ. The inner iterate θ + δ stays where it is, unless the step was rejected or solved for."""
+        """θ ← θ + α δ. The inner iterate θ + δ stays where it is, unless the step was rejected or solved for.
+
+        Where δ or the inner optimizers' state is not finite, the step is rejected and both start anew.
+        """
         progress, losses = self.progress, self.progress["losses"]
-        restart = alpha == 0 or self.config.inner_optimizer == "cg"
+        state = [tensor for state in self.state.values() for tensor in state.values()]  # δ and the inner optimizers'
+        if not all(tensor.isfinite().all() for tensor in state):
+            alpha = 0.0
+            for tensor in state:
+                tensor.zero_()
         for name, delta in self._delta.items():
-            self._params[name].add_(delta, alpha=alpha)
-            delta.mul_(0.0 if restart else 1 - alpha).nan_to_num_(0.0, 0.0, 0.0)
+            if alpha:
+                self._params[name].add_(delta, alpha=alpha)
+            if alpha and self.config.inner_optimizer != "cg":
+                delta.mul_(1 - alpha)
+            else:
+                delta.zero_()
         if self.config.inner_optimizer == "cg":
             actual = (losses[-1] - losses[0]) / self.config.line_search_steps
             progress["damping"] = adapt_damping(progress["damping"], actual, progress["predicted"])
@@ -288,6 +309,17 @@ class GaussNewton(torch.optim.Optimizer):
                     "dtype=torch.float32, or keep half precision for frozen weights only."
                 )
 
+    def _check_layers(self) -> None:
+        if sorted(name for layer in self.layers for name in layer) != sorted(self._params):
+            raise ValueError(f"layers={self.layers!r}: have to hold every parameter once. See layers_of.")
+
+    def _check_decay(self) -> None:
+        decays = [group["weight_decay"] for group in self.param_groups if group["weight_decay"]]
+        if decays and self.config.inner_optimizer == "cg":
+            raise ValueError(
+                f"weight_decay={decays[0]!r}: inner_optimizer='cg' solves for the loss alone; pass weight_decay=0."
+            )
+
     def _muon_names(self, muon: Collection[str] | None) -> set[str]:
         if self.config.inner_optimizer != "muon":
             return set()
@@ -299,10 +331,18 @@ class GaussNewton(torch.optim.Optimizer):
         return set(muon)
 
 
-def _named(groups: list[dict]) -> dict[str, nn.Parameter]:
+def _trainable(groups: list[dict]) -> dict[str, nn.Parameter]:
+    """The parameters by name; the frozen ones leave their groups."""
     if any("param_names" not in group for group in groups):
         raise ValueError("GaussNewton needs named parameters: pass model.named_parameters(), or groups of such pairs.")
-    return {name: p for group in groups for name, p in zip(group["param_names"], group["params"])}
+    trainable = {}
+    for group in groups:
+        named = {name: p for name, p in zip(group["param_names"], group["params"]) if p.requires_grad}
+        group["param_names"], group["params"] = list(named), list(named.values())
+        trainable |= named
+    if not trainable:
+        raise ValueError("no parameter requires a gradient: unfreeze what GaussNewton is to train.")
+    return trainable
 
 
 def _mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -310,36 +350,3 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
-
-
-class _Weight:
-    """The weight of a micro-batch's loss, which `backward` tells."""
-
-    value: float | Tensor = 1.0
-
-
-@dataclass
-class _Batch:
-    """A micro-batch of the step in progress: its functions, its weight, its losses by step size in a line search."""
-
-    forward: Forward
-    loss: Loss
-    weight: _Weight
-    losses: Tensor | None = None
-
-
-class _KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to the parameters have been computed already."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, weight: _Weight, *params_and_gradients: Tensor) -> Tensor:
-        # Of the batch no more than its weight: `forward` may hold outputs that hold this value, and no collector sees
-        # a cycle that goes through the graph.
-        ctx.weight, ctx.params = weight, len(params_and_gradients) // 2
-        ctx.save_for_backward(*params_and_gradients[ctx.params :])
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        ctx.weight.value = upstream.detach()
-        return None, None, *(upstream * g for g in ctx.saved_tensors), *[None] * ctx.params

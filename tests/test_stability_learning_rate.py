@@ -37,7 +37,7 @@ def test_the_grid_is_nested_and_log_spaced():
 
 
 def test_best_and_unstable_rates_of_a_quadratic(tmp_path):
-    sweep = sweep_learning_rate(quadratic, 1e-2, 1.0, 6, tmp_path, check_steps=0)
+    sweep = sweep_learning_rate(quadratic, 1e-2, 1.0, 6, output=tmp_path, check_steps=0)
     rates = learning_rate_grid(1e-2, 1.0, 6)
     assert sweep.learning_rates == rates
     assert sweep.scores == [final_loss(quadratic(rate)) for rate in rates]
@@ -55,24 +55,34 @@ def test_the_check_at_twice_the_best(tmp_path):
         tried.append(learning_rate)
         return quadratic(learning_rate)
 
-    sweep = sweep_learning_rate(train, 1e-2, 1.0, 4, tmp_path, plot=False)
+    sweep = sweep_learning_rate(train, 1e-2, 1.0, 4, output=tmp_path, plot=False)
     assert tried[-1] == 2 * sweep.best_learning_rate
     assert sweep.check_losses == quadratic(tried[-1])
     assert sweep.check.unstable and sweep.advice.startswith("At twice the best learning rate: Unstable early")
-    stable = sweep_learning_rate(lambda lr: quadratic(lr / 20), 1e-2, 1.0, 2, tmp_path / "b", plot=False)
+    stable = sweep_learning_rate(lambda lr: quadratic(lr / 20), 1e-2, 1.0, 2, output=tmp_path / "b", plot=False)
     assert stable.best_learning_rate == 1.0 and "is at the edge" in stable.advice
+
+
+def test_runs_of_another_model_are_not_found_by_default(tmp_path, monkeypatch):
+    """There is no folder that two sweeps would share without being told to."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="output"):
+        sweep_learning_rate(quadratic, 1e-2, 1.0, 1, plot=False)
+    with pytest.raises(TypeError, match="output"):
+        search_warmup(early_unstable, 1e-3, 1000, plot=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_diverged_runs_are_never_best(tmp_path):
     def train(learning_rate):
         return [1.0, 0.1, float("nan")] if learning_rate > 0.05 else [1.0, 0.9]
 
-    sweep = sweep_learning_rate(train, 1e-3, 1.0, 1, tmp_path, check_steps=0)
+    sweep = sweep_learning_rate(train, 1e-3, 1.0, 1, output=tmp_path, check_steps=0)
     assert sweep.best_learning_rate < 0.05
     assert [math.isinf(score) for score in sweep.scores] == [False, False, True, True]
     assert sweep.unstable_base_learning_rate == pytest.approx(0.1)
     with pytest.raises(ValueError, match="has a finite loss: lower the range"):
-        sweep_learning_rate(lambda lr: [float("nan")], 1e-3, 1.0, 1, tmp_path / "b", plot=False)
+        sweep_learning_rate(lambda lr: [float("nan")], 1e-3, 1.0, 1, output=tmp_path / "b", plot=False)
 
 
 def test_finished_runs_are_not_repeated_and_a_finer_grid_adds_to_them(tmp_path):
@@ -86,18 +96,19 @@ def test_finished_runs_are_not_repeated_and_a_finer_grid_adds_to_them(tmp_path):
         return quadratic(learning_rate)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        sweep_learning_rate(train, 1e-3, 1.0, 2, tmp_path, check_steps=0, plot=False)
+        sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path, check_steps=0, plot=False)
     for per_decade, count in ((2, 7), (4, 13)):
-        sweep = sweep_learning_rate(train, 1e-3, 1.0, per_decade, tmp_path, check_steps=0, plot=False)
+        sweep = sweep_learning_rate(train, 1e-3, 1.0, per_decade, output=tmp_path, check_steps=0, plot=False)
         tried = [rate for rate in tried if rate is not None] + [None]
         assert sorted(tried[:-1]) == sweep.learning_rates == learning_rate_grid(1e-3, 1.0, per_decade)
         assert len(tried[:-1]) == count
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path):
-    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, tmp_path, check_steps=0, plot=False, settings={"model": "a"})
+    options = {"output": tmp_path, "check_steps": 0, "plot": False}
+    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, **options, settings={"model": "a"})
     with pytest.raises(ValueError, match=r"with other settings \(model\): choose another"):
-        sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, tmp_path, check_steps=0, plot=False, settings={"model": "b"})
+        sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, **options, settings={"model": "b"})
 
 
 WORKER = """
@@ -114,7 +125,7 @@ def train(learning_rate):
     time.sleep(float(sys.argv[4]))
     return [1.0, abs(learning_rate - 0.1)]
 
-sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, sys.argv[2], check_steps=0, plot=False)
+sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, output=sys.argv[2], check_steps=0, plot=False)
 assert len(sweep.scores) == 7
 """
 
@@ -143,7 +154,7 @@ def test_two_processes_share_a_study_one_of_them_killed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "HEARTBEAT", 1)
     monkeypatch.setattr(runs, "GRACE", 3)
-    sweep_learning_rate(train, 1e-3, 1.0, 2, tmp_path / "study", check_steps=0, plot=False)
+    sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path / "study", check_steps=0, plot=False)
     assert worker.wait(timeout=60) == 0
     (lost,) = logs[0].read_text().split()
     done = here + [float(line) for line in logs[1].read_text().split()] if logs[1].exists() else here
@@ -157,7 +168,7 @@ def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
     def train(learning_rate):
         return make_trainer(tmp_path, eval_rows=16, learning_rate=learning_rate, max_steps=5, seed=3)
 
-    sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, tmp_path / "sweep", check_steps=4, check_rows=3, plot=False)
+    sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path / "a", check_steps=4, check_rows=3, plot=False)
     for rate, score, losses in zip(sweep.learning_rates, sweep.scores, sweep.losses):
         trainer = train(rate)
         trainer.train()
@@ -171,7 +182,7 @@ def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
     expected = [e["eval_loss"] for e in check.state.log_history if "eval_loss" in e]
     assert sweep.check_losses == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"returned a Trainer with learning_rate=1: use the given one"):
-        sweep_learning_rate(lambda lr: train(1.0), 1e-3, 1e-2, 1, tmp_path / "wrong", plot=False)
+        sweep_learning_rate(lambda lr: train(1.0), 1e-3, 1e-2, 1, output=tmp_path / "wrong", plot=False)
 
 
 def early_unstable(learning_rate, warmup_steps, max_steps):

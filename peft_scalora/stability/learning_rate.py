@@ -78,7 +78,8 @@ def sweep_learning_rate(
     low: float = 1e-6,
     high: float = 1.0,
     per_decade: int = 2,
-    output: str | os.PathLike = "runs/sweep_lr",
+    *,
+    output: str | os.PathLike,
     storage: str | None = None,
     check_steps: int = 500,
     check_rows: int = 64,
@@ -95,6 +96,7 @@ def sweep_learning_rate(
         train: takes a learning rate and returns a Trainer with it (trained here, fresh each time; its score is the loss
             on its eval_dataset, if it has one), or trains by itself and returns the loss of every step.
         low, high, per_decade: the grid, see `learning_rate_grid`.
+        output: folder of this sweep alone: runs that are found there are taken for its own.
         storage: optuna database URL; the file study.db in `output` if not given.
         check_steps: length of the short run of a Trainer; 0 leaves it out.
         check_rows: how many rows of the evaluation data it is evaluated on.

@@ -81,7 +81,7 @@ def search_warmup(
     train: Callable[[float, int, int], Trainer | Sequence[float]],
     unstable_base_learning_rate: float,
     max_steps: int,
-    output: str | os.PathLike = "runs/search_warmup",
+    output: str | os.PathLike,
     storage: str | None = None,
     settings: dict | None = None,
     plot: bool = True,
@@ -98,7 +98,7 @@ def search_warmup(
             part, and returns the loss of every step.
         unstable_base_learning_rate: from `sweep_learning_rate`.
         max_steps: length of the training that the warmup is for, without it.
-        storage, settings: as for `sweep_learning_rate`.
+        output, storage, settings: as for `sweep_learning_rate`.
 
     Raises:
         ImportError: names the extra. ValueError: max_steps is too short, or the storage belongs to another search.

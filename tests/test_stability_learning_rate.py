@@ -1,16 +1,25 @@
 """Sweep and warmup search on problems whose answer is known, sharing and resuming their study."""
 
+import copy
+import gc
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
+import optuna
 import pytest
+import torch
+from helpers_runs import language_model
 from helpers_stability import make_trainer
+from sqlalchemy import event
+from transformers import set_seed
 
 from peft_scalora.stability import prepend_warmup, runs, search_warmup, sweep_learning_rate
 from peft_scalora.stability.learning_rate import learning_rate_grid
@@ -183,6 +192,80 @@ def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
     assert sweep.check_losses == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"returned a Trainer with learning_rate=1: use the given one"):
         sweep_learning_rate(lambda lr: train(1.0), 1e-3, 1e-2, 1, output=tmp_path / "wrong", plot=False)
+
+
+def test_ranks_of_one_distributed_training_are_refused(tmp_path, monkeypatch):
+    """Under torchrun they would each train a learning rate of their own in one job."""
+    tried = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for search, arguments in ((sweep_learning_rate, (1e-2, 1e-1)), (search_warmup, (1e-3, 1000))):
+        with pytest.raises(RuntimeError, match=r"WORLD_SIZE=2.*start separate processes with one storage"):
+            search(lambda *point: tried.append(point), *arguments, output=tmp_path, plot=False)
+    assert not tried
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_an_earlier_point_has_trained_is_refused(tmp_path, wrapped):
+    shared = language_model()
+
+    def train(learning_rate):
+        model = shared if not wrapped else copy.copy(shared)  # another module with the same parameters
+        return make_trainer(tmp_path, model=model, learning_rate=learning_rate, max_steps=2)
+
+    with pytest.raises(ValueError, match="has trained already: make a new model"):
+        sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+    assert len(Study(sqlite_storage(tmp_path), "learning_rate").results()) == 1
+
+
+def test_no_model_outlives_its_run(tmp_path):
+    models, alive = [], []
+
+    def train(learning_rate):
+        gc.collect()
+        alive.append(sum(model() is not None for model in models))
+        trainer = make_trainer(tmp_path, learning_rate=learning_rate, max_steps=1)
+        models.append(weakref.ref(trainer.model))
+        return trainer
+
+    sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+    assert alive == [0, 0, 0]
+
+
+def test_scores_do_not_depend_on_the_order_of_the_points(tmp_path):
+    """Points are taken at random; what a run draws is the same at all of them."""
+
+    def train(learning_rate):
+        return [*torch.randn(2).tolist(), *np.random.randn(2).tolist(), random.random()]
+
+    for name in ("a", "b"):
+        torch.manual_seed(len(name))
+        sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path / name, check_steps=0, plot=False)
+        assert sweep.losses[0] == sweep.losses[1] == sweep.losses[2]
+    set_seed(runs.SEED)
+    assert sweep.losses[0] == train(1e-3)
+
+
+def test_several_evaluation_sets_are_refused_before_training(tmp_path):
+    trainers = []
+
+    def train(learning_rate):
+        trainers.append(make_trainer(tmp_path, eval_rows=4, learning_rate=learning_rate))
+        trainers[-1].eval_dataset = {"a": trainers[-1].eval_dataset, "b": trainers[-1].eval_dataset}
+        return trainers[-1]
+
+    with pytest.raises(ValueError, match=r"eval_dataset has several data sets \(a, b\): give one"):
+        sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path, plot=False)
+    assert [trainer.state.global_step for trainer in trainers] == [0]
+
+
+def test_two_processes_may_create_the_storage_at_once(tmp_path):
+    """Another one creates all tables after this one has found none."""
+    storage = sqlite_storage(tmp_path)
+    metadata = optuna.storages._rdb.models.BaseModel.metadata
+    event.listen(metadata, "before_create", lambda *_, **__: optuna.storages.RDBStorage(storage), once=True)
+    assert Study(storage, "learning_rate").results() == {}
 
 
 def early_unstable(learning_rate, warmup_steps, max_steps):

@@ -93,8 +93,9 @@ def sweep_learning_rate(
     and sweep.png are written to `output`.
 
     Args:
-        train: takes a learning rate and returns a Trainer with it (trained here, fresh each time; its score is the loss
-            on its eval_dataset, if it has one), or trains by itself and returns the loss of every step.
+        train: takes a learning rate and returns a Trainer with it (trained here, of a new model each time; its score is
+            the loss on its eval_dataset, if it has one), or trains by itself and returns the loss of every step. All
+            random generators are seeded alike before each call.
         low, high, per_decade: the grid, see `learning_rate_grid`.
         output: folder of this sweep alone: runs that are found there are taken for its own.
         storage: optuna database URL; the file study.db in `output` if not given.
@@ -103,7 +104,8 @@ def sweep_learning_rate(
         settings: what all runs have in common, to refuse the storage of another sweep.
 
     Raises:
-        ImportError: names the extra. ValueError: the range is empty, or the storage belongs to another sweep.
+        ImportError: names the extra. RuntimeError: started by torchrun with several ranks.
+        ValueError: the range is empty, or the storage belongs to another sweep.
     """
     grid = learning_rate_grid(low, high, per_decade)
     if plot:

@@ -101,7 +101,8 @@ def search_warmup(
         output, storage, settings: as for `sweep_learning_rate`.
 
     Raises:
-        ImportError: names the extra. ValueError: max_steps is too short, or the storage belongs to another search.
+        ImportError: names the extra. RuntimeError: started by torchrun with several ranks.
+        ValueError: max_steps is too short, or the storage belongs to another search.
     """
     grid = warmup_grid(max_steps)
     if plot:

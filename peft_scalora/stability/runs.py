@@ -84,18 +84,14 @@ def finish_evaluating(result: Trainer | Sequence[float], learning_rate: float, s
         return finish(result, learning_rate, max_steps=steps)
     _check_trainer(result, learning_rate)
     result.eval_dataset = Subset(result.eval_dataset, range(min(rows, len(result.eval_dataset))))
-    losses = _train(
-        result, "eval_loss", max_steps=steps, eval_strategy=IntervalStrategy.STEPS, eval_steps=1
-    )
+    losses = _train(result, "eval_loss", max_steps=steps, eval_strategy=IntervalStrategy.STEPS, eval_steps=1)
     return Run(losses, final_loss(losses))
 
 
 def _check_trainer(trainer: Trainer, learning_rate: float) -> None:
     rate, data = trainer.args.learning_rate, trainer.eval_dataset
     if not math.isclose(rate, learning_rate):
-        raise ValueError(
-            f"train({learning_rate:g}) returned a Trainer with learning_rate={rate:g}: use the given one."
-        )
+        raise ValueError(f"train({learning_rate:g}) returned a Trainer with learning_rate={rate:g}: use the given one.")
     if isinstance(data, dict):
         raise ValueError(f"eval_dataset has several data sets ({', '.join(data)}): give one, which runs are judged by.")
     if any(parameter in _trained for parameter in trainer.model.parameters()):

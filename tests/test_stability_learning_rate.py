@@ -315,6 +315,33 @@ def test_a_trainer_gets_ramp_and_constant_part(tmp_path):
         assert rates == pytest.approx([min(1.0, step / 10) * peak for step in range(30)])
 
 
+def test_another_check_is_run_anew(tmp_path):
+    def train(learning_rate):
+        return make_trainer(tmp_path, eval_rows=8, learning_rate=learning_rate, max_steps=2)
+
+    def check(steps, rows):
+        sweep = sweep_learning_rate(
+            train, 1e-3, 1e-2, 1, output=tmp_path / "sweep", check_steps=steps, check_rows=rows, plot=False
+        )
+        return sweep.check_losses
+
+    first, longer, wider = check(2, 4), check(3, 4), check(2, 8)
+    assert [len(first), len(longer), len(wider)] == [2, 3, 2]
+    assert wider[0] != pytest.approx(first[0], rel=1e-4)
+    assert check(2, 4) == first
+    assert len(Study(sqlite_storage(tmp_path / "sweep"), "learning_rate").results()) == 2 + 3
+
+
+def test_what_a_sweep_or_search_did_not_find_is_named(tmp_path):
+    """None is what sweep and search return where there is nothing to return."""
+    sweep = sweep_learning_rate(lambda lr: [1.0, 0.5], 1e-3, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+    with pytest.raises(ValueError, match=r"unstable_base_learning_rate=None, .* No run was unstable: raise `high`"):
+        search_warmup(early_unstable, sweep.unstable_base_learning_rate, 1000, tmp_path / "warmup", plot=False)
+    with pytest.raises(ValueError, match=r"warmup_steps=None, .* No warmup was stable: clip gradients"):
+        prepend_warmup(lambda step: 1.0, None)
+    assert not (tmp_path / "warmup").exists()
+
+
 def test_warmup_is_put_before_the_schedule():
     def cosine(step):
         return 0.5 * (1 + math.cos(math.pi * step / 100))

@@ -17,6 +17,7 @@ from .instability import InstabilityReport, detect_instability
 from .runs import Point, Run, Study, finish, finish_evaluating, sqlite_storage
 
 logger = logging.getLogger(__name__)
+NO_UNSTABLE_RUN = "No run was unstable: raise `high` to learn where training blows up."
 
 
 @dataclass
@@ -52,7 +53,7 @@ class SweepResult:
         if self.check is not None and self.check.unstable:
             return f"At twice the best learning rate: {self.check.advice}"
         if self.unstable_base_learning_rate is None:
-            return "No run was unstable: raise `high` to learn where training blows up."
+            return NO_UNSTABLE_RUN
         return "Stable at twice the best learning rate: instability does not limit this model."
 
 
@@ -115,13 +116,13 @@ def sweep_learning_rate(
     def run(point: Point) -> Run:
         result = train(point.learning_rate)
         if point.kind == "check":
-            return finish_evaluating(result, point.learning_rate, check_steps, check_rows)
+            return finish_evaluating(result, point.learning_rate, point.check_steps, point.check_rows)
         return finish(result, point.learning_rate)
 
     results = study.run([Point("sweep", rate) for rate in grid], run, "learning rates")
     sweep = summarize_sweep({p.learning_rate: r for p, r in results.items() if p.kind == "sweep"})
     if check_steps:
-        check = Point("check", 2 * sweep.best_learning_rate)
+        check = Point("check", 2 * sweep.best_learning_rate, check_steps=check_steps, check_rows=check_rows)
         sweep.check_losses = study.run([check], run, "check at twice the best")[check].losses
     os.makedirs(output, exist_ok=True)
     replace_file(os.path.join(output, "sweep.json"), json.dumps(asdict(sweep) | {"advice": sweep.advice}, indent=1))

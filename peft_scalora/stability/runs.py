@@ -136,6 +136,8 @@ class Point:
     kind: str
     learning_rate: float
     warmup_steps: int = 0
+    check_steps: int = 0
+    check_rows: int = 0
 
 
 class Study:

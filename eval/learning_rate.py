@@ -42,7 +42,7 @@ def sweep(arguments: argparse.Namespace, name: str, seed: int):
         arguments.low,
         arguments.high,
         PER_DECADE[name],
-        folder,
+        output=folder,
         check_steps=arguments.check_steps if name == "coarse" else 0,
         settings=settings,
     )

@@ -94,7 +94,9 @@ def _add_searches(commands) -> None:
     sweep.add_argument("--per-decade", type=int, default=2, help="learning rates for each power of ten (default 2)")
     sweep.add_argument("--check-steps", type=int, default=500, help="of the run at twice the best (default 500)")
     warmup = commands.add_parser("search-warmup", help="find the warmup with which a fine-tuning is stable")
-    _add_settings(warmup, without=("learning_rate", "warmup_ratio", *_NOT_SEARCHED))
+    _add_settings(warmup, without=("learning_rate", "warmup_ratio", "max_steps", *_NOT_SEARCHED))
+    help = "length of the training that the warmup is for, which is at most a tenth of it"
+    warmup.add_argument("--max-steps", type=int, required=True, help=help)
     help = "where training blows up without warmup, as sweep-lr finds it"
     warmup.add_argument("--unstable-learning-rate", type=float, required=True, help=help)
     for parser in (sweep, warmup):

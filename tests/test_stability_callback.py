@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_stability import GradientRecorder, make_trainer
 from peft import get_peft_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from peft_scalora import ScaLoRAConfig, StabilityCallback, StabilityConfig
 
@@ -75,6 +75,39 @@ def test_max_grad_norm_is_the_threshold_of_the_burn_in_and_comes_back(tmp_path):
     assert trainer.args.max_grad_norm == 0.7
 
 
+def test_the_arguments_stay_true(tmp_path):
+    """In checkpoints and after an interrupt, and what is changed between two trainings counts."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    callback = StabilityCallback(StabilityConfig(burn_in=100, plot=False))
+    trainer = make_trainer(tmp_path, [callback], max_steps=5, max_grad_norm=0.7, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.args.max_grad_norm == 0.7
+    saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert saved.max_grad_norm == 0.7
+    trainer.args.gradient_accumulation_steps = 2
+    with pytest.raises(KeyboardInterrupt):  # within a step
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    again = StabilityCallback(callback.config)
+    Trainer(trainer.model, trainer.args, train_dataset=trainer.train_dataset, callbacks=[again]).train()
+    assert again.monitor.thresholds == [0.7] * 5
+    for threshold in (0.3, 0.0):
+        trainer.args.max_grad_norm = threshold
+        trainer.train()
+        assert callback.monitor.thresholds == [threshold or None] * 5
+        assert trainer.args.max_grad_norm == threshold
+
+
 def test_accumulated_norm_is_that_of_the_whole_batch(tmp_path):
     norms = []
     for options in (
@@ -106,6 +139,16 @@ def test_resumed_training_continues_the_history(tmp_path, restore):
     assert len(histories[0]["norms"]) == 16
     assert histories[0] == histories[1]
     same_weights(whole, resumed, rtol=0, atol=0)
+
+
+def test_calibration_from_a_path_is_kept_in_checkpoints(tmp_path):
+    (tmp_path / "earlier.json").write_text(json.dumps({"norms": [1.0, 2.0, 3.0]}))
+    for calibration, kept in ((tmp_path / "earlier.json", str(tmp_path / "earlier.json")), (np.arange(3), [0, 1, 2])):
+        config = StabilityConfig(percentile=50, calibration=calibration, plot=False)
+        make_trainer(tmp_path, [StabilityCallback(config)], max_steps=2, save_strategy="steps", save_steps=2).train()
+        state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+        saved = state["stateful_callbacks"]["StabilityCallback"]
+        assert saved["args"]["config"]["calibration"] == kept
 
 
 def test_a_second_training_starts_anew(tmp_path):

@@ -23,6 +23,9 @@ def test_sweep(tmp_path, settings, capsys):
     assert len(sweep["check_losses"]) == 3
     assert f"best learning rate {sweep['best_learning_rate']:g}" in capsys.readouterr().out
     assert (tmp_path / "out" / "sweep.png").exists()
+    options[options.index("--check-steps") + 1] = "2"
+    assert main(["sweep-lr", *settings, *options]) == 0
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["check_losses"]) == 2
     assert main(["sweep-lr", *settings, *options, "--seed", "1"]) == 1
     assert "with other settings (seed)" in capsys.readouterr().err
 
@@ -34,5 +37,6 @@ def test_warmup(tmp_path, settings, capsys):
     assert [run["learning_rate"] for run in warmup["runs"]] == pytest.approx([1e-3, 1e-2])
     assert [len(run["losses"]) for run in warmup["runs"]] == [30, 30]
     assert "100 + 10 = 110 steps" in capsys.readouterr().out
-    assert main(["search-warmup", *settings, "--unstable-learning-rate", "1e-4"]) == 1
-    assert "max_steps=-1 is too short" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["search-warmup", *settings, "--unstable-learning-rate", "1e-4"])
+    assert "the following arguments are required: --max-steps" in capsys.readouterr().err

@@ -116,6 +116,15 @@ def test_calibration_gives_a_constant_threshold(tmp_path):
         assert second.clipped == [True] * 3
 
 
+def test_calibration_leaves_out_what_is_no_update():
+    """As the running percentile does: steps of a line search have a norm of 0."""
+    monitor = StabilityMonitor(StabilityConfig(percentile=50, calibration=[0, 3, 0, 5, 0, float("inf")], plot=False))
+    monitor.clip(with_gradients(0))
+    assert monitor.thresholds == [np.median([3, 5])]
+    with pytest.raises(ValueError, match="no finite gradient norm above 0"):
+        StabilityMonitor(StabilityConfig(calibration=[0.0, 0.0], plot=False))
+
+
 def test_advice_past_half_of_the_updates():
     monitor = StabilityMonitor(StabilityConfig(calibration=[1.0], plot=False))
     for step in range(20):
@@ -177,5 +186,5 @@ def test_calibration_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json' holds no norms"):
         StabilityMonitor(StabilityConfig(calibration=str(tmp_path / "other.json"), plot=False))
-    with pytest.raises(ValueError, match="no finite gradient norm"):
+    with pytest.raises(ValueError, match="no finite gradient norm above 0"):
         StabilityMonitor(StabilityConfig(calibration=[float("nan")], plot=False))

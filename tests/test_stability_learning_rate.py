@@ -1,16 +1,25 @@
 """Sweep and warmup search on problems whose answer is known, sharing and resuming their study."""
 
+import copy
+import gc
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
+import optuna
 import pytest
+import torch
+from helpers_runs import language_model
 from helpers_stability import make_trainer
+from sqlalchemy import event
+from transformers import set_seed
 
 from peft_scalora.stability import prepend_warmup, runs, search_warmup, sweep_learning_rate
 from peft_scalora.stability.learning_rate import learning_rate_grid
@@ -37,7 +46,7 @@ def test_the_grid_is_nested_and_log_spaced():
 
 
 def test_best_and_unstable_rates_of_a_quadratic(tmp_path):
-    sweep = sweep_learning_rate(quadratic, 1e-2, 1.0, 6, tmp_path, check_steps=0)
+    sweep = sweep_learning_rate(quadratic, 1e-2, 1.0, 6, output=tmp_path, check_steps=0)
     rates = learning_rate_grid(1e-2, 1.0, 6)
     assert sweep.learning_rates == rates
     assert sweep.scores == [final_loss(quadratic(rate)) for rate in rates]
@@ -55,24 +64,34 @@ def test_the_check_at_twice_the_best(tmp_path):
         tried.append(learning_rate)
         return quadratic(learning_rate)
 
-    sweep = sweep_learning_rate(train, 1e-2, 1.0, 4, tmp_path, plot=False)
+    sweep = sweep_learning_rate(train, 1e-2, 1.0, 4, output=tmp_path, plot=False)
     assert tried[-1] == 2 * sweep.best_learning_rate
     assert sweep.check_losses == quadratic(tried[-1])
     assert sweep.check.unstable and sweep.advice.startswith("At twice the best learning rate: Unstable early")
-    stable = sweep_learning_rate(lambda lr: quadratic(lr / 20), 1e-2, 1.0, 2, tmp_path / "b", plot=False)
+    stable = sweep_learning_rate(lambda lr: quadratic(lr / 20), 1e-2, 1.0, 2, output=tmp_path / "b", plot=False)
     assert stable.best_learning_rate == 1.0 and "is at the edge" in stable.advice
+
+
+def test_runs_of_another_model_are_not_found_by_default(tmp_path, monkeypatch):
+    """There is no folder that two sweeps would share without being told to."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="output"):
+        sweep_learning_rate(quadratic, 1e-2, 1.0, 1, plot=False)
+    with pytest.raises(TypeError, match="output"):
+        search_warmup(early_unstable, 1e-3, 1000, plot=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_diverged_runs_are_never_best(tmp_path):
     def train(learning_rate):
         return [1.0, 0.1, float("nan")] if learning_rate > 0.05 else [1.0, 0.9]
 
-    sweep = sweep_learning_rate(train, 1e-3, 1.0, 1, tmp_path, check_steps=0)
+    sweep = sweep_learning_rate(train, 1e-3, 1.0, 1, output=tmp_path, check_steps=0)
     assert sweep.best_learning_rate < 0.05
     assert [math.isinf(score) for score in sweep.scores] == [False, False, True, True]
     assert sweep.unstable_base_learning_rate == pytest.approx(0.1)
     with pytest.raises(ValueError, match="has a finite loss: lower the range"):
-        sweep_learning_rate(lambda lr: [float("nan")], 1e-3, 1.0, 1, tmp_path / "b", plot=False)
+        sweep_learning_rate(lambda lr: [float("nan")], 1e-3, 1.0, 1, output=tmp_path / "b", plot=False)
 
 
 def test_finished_runs_are_not_repeated_and_a_finer_grid_adds_to_them(tmp_path):
@@ -86,18 +105,19 @@ def test_finished_runs_are_not_repeated_and_a_finer_grid_adds_to_them(tmp_path):
         return quadratic(learning_rate)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        sweep_learning_rate(train, 1e-3, 1.0, 2, tmp_path, check_steps=0, plot=False)
+        sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path, check_steps=0, plot=False)
     for per_decade, count in ((2, 7), (4, 13)):
-        sweep = sweep_learning_rate(train, 1e-3, 1.0, per_decade, tmp_path, check_steps=0, plot=False)
+        sweep = sweep_learning_rate(train, 1e-3, 1.0, per_decade, output=tmp_path, check_steps=0, plot=False)
         tried = [rate for rate in tried if rate is not None] + [None]
         assert sorted(tried[:-1]) == sweep.learning_rates == learning_rate_grid(1e-3, 1.0, per_decade)
         assert len(tried[:-1]) == count
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path):
-    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, tmp_path, check_steps=0, plot=False, settings={"model": "a"})
+    options = {"output": tmp_path, "check_steps": 0, "plot": False}
+    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, **options, settings={"model": "a"})
     with pytest.raises(ValueError, match=r"with other settings \(model\): choose another"):
-        sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, tmp_path, check_steps=0, plot=False, settings={"model": "b"})
+        sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, **options, settings={"model": "b"})
 
 
 WORKER = """
@@ -114,7 +134,7 @@ def train(learning_rate):
     time.sleep(float(sys.argv[4]))
     return [1.0, abs(learning_rate - 0.1)]
 
-sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, sys.argv[2], check_steps=0, plot=False)
+sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, output=sys.argv[2], check_steps=0, plot=False)
 assert len(sweep.scores) == 7
 """
 
@@ -143,7 +163,7 @@ def test_two_processes_share_a_study_one_of_them_killed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "HEARTBEAT", 1)
     monkeypatch.setattr(runs, "GRACE", 3)
-    sweep_learning_rate(train, 1e-3, 1.0, 2, tmp_path / "study", check_steps=0, plot=False)
+    sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path / "study", check_steps=0, plot=False)
     assert worker.wait(timeout=60) == 0
     (lost,) = logs[0].read_text().split()
     done = here + [float(line) for line in logs[1].read_text().split()] if logs[1].exists() else here
@@ -157,7 +177,7 @@ def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
     def train(learning_rate):
         return make_trainer(tmp_path, eval_rows=16, learning_rate=learning_rate, max_steps=5, seed=3)
 
-    sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, tmp_path / "sweep", check_steps=4, check_rows=3, plot=False)
+    sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path / "a", check_steps=4, check_rows=3, plot=False)
     for rate, score, losses in zip(sweep.learning_rates, sweep.scores, sweep.losses):
         trainer = train(rate)
         trainer.train()
@@ -171,7 +191,81 @@ def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
     expected = [e["eval_loss"] for e in check.state.log_history if "eval_loss" in e]
     assert sweep.check_losses == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"returned a Trainer with learning_rate=1: use the given one"):
-        sweep_learning_rate(lambda lr: train(1.0), 1e-3, 1e-2, 1, tmp_path / "wrong", plot=False)
+        sweep_learning_rate(lambda lr: train(1.0), 1e-3, 1e-2, 1, output=tmp_path / "wrong", plot=False)
+
+
+def test_ranks_of_one_distributed_training_are_refused(tmp_path, monkeypatch):
+    """Under torchrun they would each train a learning rate of their own in one job."""
+    tried = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for search, arguments in ((sweep_learning_rate, (1e-2, 1e-1)), (search_warmup, (1e-3, 1000))):
+        with pytest.raises(RuntimeError, match=r"WORLD_SIZE=2.*start separate processes with one storage"):
+            search(lambda *point: tried.append(point), *arguments, output=tmp_path, plot=False)
+    assert not tried
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sweep_learning_rate(quadratic, 1e-2, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_an_earlier_point_has_trained_is_refused(tmp_path, wrapped):
+    shared = language_model()
+
+    def train(learning_rate):
+        model = shared if not wrapped else copy.copy(shared)  # another module with the same parameters
+        return make_trainer(tmp_path, model=model, learning_rate=learning_rate, max_steps=2)
+
+    with pytest.raises(ValueError, match="has trained already: make a new model"):
+        sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+    assert len(Study(sqlite_storage(tmp_path), "learning_rate").results()) == 1
+
+
+def test_no_model_outlives_its_run(tmp_path):
+    models, alive = [], []
+
+    def train(learning_rate):
+        gc.collect()
+        alive.append(sum(model() is not None for model in models))
+        trainer = make_trainer(tmp_path, learning_rate=learning_rate, max_steps=1)
+        models.append(weakref.ref(trainer.model))
+        return trainer
+
+    sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+    assert alive == [0, 0, 0]
+
+
+def test_scores_do_not_depend_on_the_order_of_the_points(tmp_path):
+    """Points are taken at random; what a run draws is the same at all of them."""
+
+    def train(learning_rate):
+        return [*torch.randn(2).tolist(), *np.random.randn(2).tolist(), random.random()]
+
+    for name in ("a", "b"):
+        torch.manual_seed(len(name))
+        sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path / name, check_steps=0, plot=False)
+        assert sweep.losses[0] == sweep.losses[1] == sweep.losses[2]
+    set_seed(runs.SEED)
+    assert sweep.losses[0] == train(1e-3)
+
+
+def test_several_evaluation_sets_are_refused_before_training(tmp_path):
+    trainers = []
+
+    def train(learning_rate):
+        trainers.append(make_trainer(tmp_path, eval_rows=4, learning_rate=learning_rate))
+        trainers[-1].eval_dataset = {"a": trainers[-1].eval_dataset, "b": trainers[-1].eval_dataset}
+        return trainers[-1]
+
+    with pytest.raises(ValueError, match=r"eval_dataset has several data sets \(a, b\): give one"):
+        sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path, plot=False)
+    assert [trainer.state.global_step for trainer in trainers] == [0]
+
+
+def test_two_processes_may_create_the_storage_at_once(tmp_path):
+    """Another one creates all tables after this one has found none."""
+    storage = sqlite_storage(tmp_path)
+    metadata = optuna.storages._rdb.models.BaseModel.metadata
+    event.listen(metadata, "before_create", lambda *_, **__: optuna.storages.RDBStorage(storage), once=True)
+    assert Study(storage, "learning_rate").results() == {}
 
 
 def early_unstable(learning_rate, warmup_steps, max_steps):
@@ -219,6 +313,33 @@ def test_a_trainer_gets_ramp_and_constant_part(tmp_path):
         peak = trainer.args.learning_rate
         rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
         assert rates == pytest.approx([min(1.0, step / 10) * peak for step in range(30)])
+
+
+def test_another_check_is_run_anew(tmp_path):
+    def train(learning_rate):
+        return make_trainer(tmp_path, eval_rows=8, learning_rate=learning_rate, max_steps=2)
+
+    def check(steps, rows):
+        sweep = sweep_learning_rate(
+            train, 1e-3, 1e-2, 1, output=tmp_path / "sweep", check_steps=steps, check_rows=rows, plot=False
+        )
+        return sweep.check_losses
+
+    first, longer, wider = check(2, 4), check(3, 4), check(2, 8)
+    assert [len(first), len(longer), len(wider)] == [2, 3, 2]
+    assert wider[0] != pytest.approx(first[0], rel=1e-4)
+    assert check(2, 4) == first
+    assert len(Study(sqlite_storage(tmp_path / "sweep"), "learning_rate").results()) == 2 + 3
+
+
+def test_what_a_sweep_or_search_did_not_find_is_named(tmp_path):
+    """None is what sweep and search return where there is nothing to return."""
+    sweep = sweep_learning_rate(lambda lr: [1.0, 0.5], 1e-3, 1e-1, 1, output=tmp_path, check_steps=0, plot=False)
+    with pytest.raises(ValueError, match=r"unstable_base_learning_rate=None, .* No run was unstable: raise `high`"):
+        search_warmup(early_unstable, sweep.unstable_base_learning_rate, 1000, tmp_path / "warmup", plot=False)
+    with pytest.raises(ValueError, match=r"warmup_steps=None, .* No warmup was stable: clip gradients"):
+        prepend_warmup(lambda step: 1.0, None)
+    assert not (tmp_path / "warmup").exists()
 
 
 def test_warmup_is_put_before_the_schedule():

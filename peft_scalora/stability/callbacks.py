@@ -39,7 +39,7 @@ class StabilityConfig:
 
     percentile: float | None = 90.0
     burn_in: int = 100
-    calibration: Sequence[float] | str | None = None
+    calibration: Sequence[float] | str | os.PathLike | None = None
     plot: bool = True
 
     def __post_init__(self):
@@ -49,6 +49,10 @@ class StabilityConfig:
             raise ValueError(f"burn_in={self.burn_in!r} must be at least 1: a percentile needs a norm.")
         if self.calibration is not None and self.percentile is None:
             raise ValueError("calibration is given with percentile=None: name the percentile to take of it.")
+        if isinstance(self.calibration, (str, os.PathLike)):
+            self.calibration = os.fspath(self.calibration)  # checkpoints hold the configuration as JSON
+        elif self.calibration is not None:
+            self.calibration = [float(norm) for norm in self.calibration]
         if self.plot:
             require_matplotlib()
 
@@ -78,7 +82,7 @@ class StabilityMonitor:
     def __init__(self, config: StabilityConfig | None = None, max_norm: float | None = None):
         self.config = config or StabilityConfig()
         calibration = self.config.calibration
-        if isinstance(calibration, (str, os.PathLike)):
+        if isinstance(calibration, str):
             calibration = read_norms(calibration)
         self._threshold = PercentileThreshold(self.config.percentile, self.config.burn_in, max_norm, calibration)
         self._losses = LossMonitor()
@@ -178,13 +182,22 @@ def _exceeds(norm: float, threshold: float | None) -> bool:
     return threshold is not None and math.isfinite(norm) and norm > threshold
 
 
+class _Off(float):
+    """The 0 that turns Trainer's clipping off during a step, with the threshold in whose place it stands."""
+
+    def __new__(cls, threshold: float):
+        off = super().__new__(cls)
+        off.threshold = threshold
+        return off
+
+
 class StabilityCallback(TrainerCallback, ExportableState):
     """Takes over gradient clipping from Trainer: percentile clipping, norms of every step, loss spikes and divergence.
 
         trainer = Trainer(...)
         trainer.add_callback(StabilityCallback(trainer=trainer))
 
-    While it trains, Trainer's own clipping is off and its `max_grad_norm` is the threshold of the burn-in. Norms are
+    Trainer's own clipping is off in every step, and its `max_grad_norm` is the threshold of the burn-in. Norms are
     those of complete gradients: accumulated, unscaled, reduced. At every `logging_steps` it logs, under "stability/",
     the norm overall and by layer, threshold, clipped_share and events. The norms of all steps are in `monitor`, in
     every checkpoint's trainer_state.json (training resumes with them), and in the end in stability.json, with
@@ -203,7 +216,6 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.config = StabilityConfig(**config) if isinstance(config, dict) else config or StabilityConfig()
         self.trainer = trainer
         self.monitor = StabilityMonitor(self.config)
-        self._max_grad_norm: float | None = None
         self._advised = False
 
     def state(self) -> dict:
@@ -212,16 +224,19 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         _refuse_hidden_gradients(args)
-        if self._max_grad_norm is None:
-            self._max_grad_norm = args.max_grad_norm
-        args.max_grad_norm = 0.0  # Trainer then only computes the norm
-        self.monitor = StabilityMonitor(self.config, self._max_grad_norm or None)
+        if isinstance(args.max_grad_norm, _Off):  # of an earlier training, which has ended within a step
+            args.max_grad_norm = args.max_grad_norm.threshold
+        self.monitor = StabilityMonitor(self.config, args.max_grad_norm or None)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step > 0 and saved is not None:
             saved = saved[0] if isinstance(saved, list) else saved
             self.monitor.load_state_dict(saved["attributes"]["history"])
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.max_grad_norm = _Off(args.max_grad_norm)  # Trainer then only computes the norm
+
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        args.max_grad_norm = args.max_grad_norm.threshold
         _refuse_conjugate_gradients(optimizer)
         self.monitor.clip(model, state.global_step + 1)
 
@@ -242,7 +257,6 @@ class StabilityCallback(TrainerCallback, ExportableState):
             self._warn(event)
 
     def on_train_end(self, args, state, control, **kwargs):
-        args.max_grad_norm = self._max_grad_norm
         if state.is_world_process_zero:
             self.monitor.save(args.output_dir)
 

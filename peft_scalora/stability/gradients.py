@@ -84,7 +84,7 @@ class PercentileThreshold:
         self, q: float | None, burn_in: int, initial: float | None = None, calibration: Sequence[float] | None = None
     ):
         self.q, self.burn_in, self.initial = q, burn_in, initial
-        self._constant = None if calibration is None else percentile(_finite(calibration), q)
+        self._constant = None if calibration is None else percentile(_updates(calibration), q)
         self._ordered: list[float] = []
 
     @property
@@ -100,15 +100,19 @@ class PercentileThreshold:
 
     def add(self, norm: float) -> None:
         """Take the norm of one step; what is no update, 0 or not finite, is left out."""
-        if math.isfinite(norm) and norm > 0:
+        if _is_update(norm):
             insort(self._ordered, norm)
 
 
-def _finite(norms: Sequence[float]) -> list[float]:
-    finite = sorted(norm for norm in norms if math.isfinite(norm))
-    if not finite:
-        raise ValueError("calibration holds no finite gradient norm.")
-    return finite
+def _is_update(norm: float) -> bool:
+    return math.isfinite(norm) and norm > 0
+
+
+def _updates(norms: Sequence[float]) -> list[float]:
+    updates = sorted(filter(_is_update, norms))
+    if not updates:
+        raise ValueError("calibration holds no finite gradient norm above 0.")
+    return updates
 
 
 def read_norms(source: str | os.PathLike) -> list[float]:

@@ -17,6 +17,7 @@ from .instability import InstabilityReport, detect_instability
 from .runs import Point, Run, Study, finish, finish_evaluating, sqlite_storage
 
 logger = logging.getLogger(__name__)
+NO_UNSTABLE_RUN = "No run was unstable: raise `high` to learn where training blows up."
 
 
 @dataclass
@@ -52,7 +53,7 @@ class SweepResult:
         if self.check is not None and self.check.unstable:
             return f"At twice the best learning rate: {self.check.advice}"
         if self.unstable_base_learning_rate is None:
-            return "No run was unstable: raise `high` to learn where training blows up."
+            return NO_UNSTABLE_RUN
         return "Stable at twice the best learning rate: instability does not limit this model."
 
 
@@ -78,7 +79,8 @@ def sweep_learning_rate(
     low: float = 1e-6,
     high: float = 1.0,
     per_decade: int = 2,
-    output: str | os.PathLike = "runs/sweep_lr",
+    *,
+    output: str | os.PathLike,
     storage: str | None = None,
     check_steps: int = 500,
     check_rows: int = 64,
@@ -92,16 +94,19 @@ def sweep_learning_rate(
     and sweep.png are written to `output`.
 
     Args:
-        train: takes a learning rate and returns a Trainer with it (trained here, fresh each time; its score is the loss
-            on its eval_dataset, if it has one), or trains by itself and returns the loss of every step.
+        train: takes a learning rate and returns a Trainer with it (trained here, of a new model each time; its score is
+            the loss on its eval_dataset, if it has one), or trains by itself and returns the loss of every step. All
+            random generators are seeded alike before each call.
         low, high, per_decade: the grid, see `learning_rate_grid`.
+        output: folder of this sweep alone: runs that are found there are taken for its own.
         storage: optuna database URL; the file study.db in `output` if not given.
         check_steps: length of the short run of a Trainer; 0 leaves it out.
         check_rows: how many rows of the evaluation data it is evaluated on.
         settings: what all runs have in common, to refuse the storage of another sweep.
 
     Raises:
-        ImportError: names the extra. ValueError: the range is empty, or the storage belongs to another sweep.
+        ImportError: names the extra. RuntimeError: started by torchrun with several ranks.
+        ValueError: the range is empty, or the storage belongs to another sweep.
     """
     grid = learning_rate_grid(low, high, per_decade)
     if plot:
@@ -111,13 +116,13 @@ def sweep_learning_rate(
     def run(point: Point) -> Run:
         result = train(point.learning_rate)
         if point.kind == "check":
-            return finish_evaluating(result, point.learning_rate, check_steps, check_rows)
+            return finish_evaluating(result, point.learning_rate, point.check_steps, point.check_rows)
         return finish(result, point.learning_rate)
 
     results = study.run([Point("sweep", rate) for rate in grid], run, "learning rates")
     sweep = summarize_sweep({p.learning_rate: r for p, r in results.items() if p.kind == "sweep"})
     if check_steps:
-        check = Point("check", 2 * sweep.best_learning_rate)
+        check = Point("check", 2 * sweep.best_learning_rate, check_steps=check_steps, check_rows=check_rows)
         sweep.check_losses = study.run([check], run, "check at twice the best")[check].losses
     os.makedirs(output, exist_ok=True)
     replace_file(os.path.join(output, "sweep.json"), json.dumps(asdict(sweep) | {"advice": sweep.advice}, indent=1))

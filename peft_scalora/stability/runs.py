@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from torch.utils.data import Subset
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 FINAL_SHARE = 0.1  # of the losses, whose mean is a run's score when there is no evaluation
+SEED = 0  # of every run: scores are not to depend on the order of the points, which is random
 KINDS = ("sweep", "check", "warmup")
+ATTEMPTS = 5  # to open a storage, as processes that start together get in each other's way creating its tables
 HEARTBEAT, GRACE = 5, 30  # seconds: between signs of life, and without one until a run counts as dead
 _RATE_RANGE, _STEP_RANGE = (1e-15, 1e6), (0, 10**9)  # wide: optuna has to accept whatever is enqueued
+_trained = WeakIdKeyDictionary()  # parameters that a run of this process has trained
 
 
 @dataclass
@@ -54,9 +58,13 @@ def finish(result: Trainer | Sequence[float], learning_rate: float, **arguments)
     Args:
         learning_rate: what the run was to use.
         arguments: TrainingArguments to set on a Trainer.
+
+    Raises:
+        ValueError: before training, a Trainer that cannot be compared with those of the other points; no losses.
     """
     if isinstance(result, Trainer):
-        losses = _train(result, learning_rate, "loss", **arguments)
+        _check_trainer(result, learning_rate)
+        losses = _train(result, "loss", **arguments)
         score = final_loss(losses)
         if result.eval_dataset is not None and math.isfinite(score):
             score = float(result.evaluate()["eval_loss"])
@@ -74,20 +82,27 @@ def finish_evaluating(result: Trainer | Sequence[float], learning_rate: float, s
     """
     if not isinstance(result, Trainer) or result.eval_dataset is None:
         return finish(result, learning_rate, max_steps=steps)
+    _check_trainer(result, learning_rate)
     result.eval_dataset = Subset(result.eval_dataset, range(min(rows, len(result.eval_dataset))))
-    losses = _train(
-        result, learning_rate, "eval_loss", max_steps=steps, eval_strategy=IntervalStrategy.STEPS, eval_steps=1
-    )
+    losses = _train(result, "eval_loss", max_steps=steps, eval_strategy=IntervalStrategy.STEPS, eval_steps=1)
     return Run(losses, final_loss(losses))
 
 
-def _train(trainer: Trainer, learning_rate: float, name: str, **arguments) -> list[float]:
-    """Train, and return what was logged under `name`, every step."""
-    args = trainer.args
-    if not math.isclose(args.learning_rate, learning_rate):
+def _check_trainer(trainer: Trainer, learning_rate: float) -> None:
+    rate, data = trainer.args.learning_rate, trainer.eval_dataset
+    if not math.isclose(rate, learning_rate):
+        raise ValueError(f"train({learning_rate:g}) returned a Trainer with learning_rate={rate:g}: use the given one.")
+    if isinstance(data, dict):
+        raise ValueError(f"eval_dataset has several data sets ({', '.join(data)}): give one, which runs are judged by.")
+    if any(parameter in _trained for parameter in trainer.model.parameters()):
         raise ValueError(
-            f"train({learning_rate:g}) returned a Trainer with learning_rate={args.learning_rate:g}: use the given one."
+            f"train({learning_rate:g}) returned a Trainer of a model that an earlier run has trained already: "
+            "make a new model in `train`, or a copy.deepcopy of an untrained one."
         )
+
+
+def _train(trainer: Trainer, name: str, **arguments) -> list[float]:
+    """Train, and return what was logged under `name`, every step."""
     settings = {
         "logging_strategy": IntervalStrategy.STEPS,
         "logging_steps": 1,
@@ -96,11 +111,12 @@ def _train(trainer: Trainer, learning_rate: float, name: str, **arguments) -> li
         "eval_strategy": IntervalStrategy.NO,
     }
     for field, value in (settings | arguments).items():
-        setattr(args, field, value)
+        setattr(trainer.args, field, value)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     recorder = _Recorder(name)
     trainer.add_callback(recorder)
+    _trained.update((parameter, None) for parameter in trainer.model.parameters() if parameter.requires_grad)
     trainer.train()
     return recorder.values
 
@@ -120,6 +136,8 @@ class Point:
     kind: str
     learning_rate: float
     warmup_steps: int = 0
+    check_steps: int = 0
+    check_rows: int = 0
 
 
 class Study:
@@ -133,14 +151,14 @@ class Study:
         settings: what all its runs have in common; a study with others is refused.
 
     Raises:
-        ImportError: names the extra. ValueError: the study was made with other settings.
+        ImportError: names the extra. RuntimeError: this process is a rank of a distributed training.
+        ValueError: the study was made with other settings.
     """
 
     def __init__(self, storage: str, name: str, settings: dict | None = None):
+        _refuse_ranks()
         self._optuna = require_optuna()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
-            self._storage = self._optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+        self._storage = self._open(storage)
         self._study = self._optuna.create_study(storage=self._storage, study_name=name, load_if_exists=True)
         settings = json.loads(json.dumps(settings))
         known = self._study.user_attrs.get("settings")
@@ -152,6 +170,19 @@ class Study:
             )
         if settings is not None:
             self._study.set_user_attr("settings", settings)
+
+    def _open(self, storage: str):
+        from sqlalchemy.exc import DBAPIError
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    return self._optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+                except DBAPIError:
+                    if attempt == ATTEMPTS:
+                        raise
+                    time.sleep(random.SystemRandom().random())
 
     def results(self) -> dict[Point, Run]:
         """All runs that have finished."""
@@ -200,11 +231,22 @@ class Study:
             # optuna counts only trials with a sign of life as dead, and gives the first one some time after the start.
             self._storage.record_heartbeat(trial._trial_id)
             trial.set_user_attr("alive", True)
+            set_seed(SEED)
             run = train(_point(trial))
             trial.set_user_attr("losses", run.losses)
             return run.score
 
         self._study.optimize(objective, n_trials=1)
+
+
+def _refuse_ranks() -> None:
+    """Ranks of one job would each take points of their own, and average gradients of different learning rates."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if int(ranks) > 1:
+        raise RuntimeError(
+            f"WORLD_SIZE={ranks}: a search cannot run in one distributed training; "
+            "start separate processes with one storage, without torchrun."
+        )
 
 
 def _point(trial) -> Point:

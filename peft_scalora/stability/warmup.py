@@ -14,12 +14,14 @@ from transformers.trainer_utils import SchedulerType
 from ..files import replace_file
 from ..plots import require_matplotlib
 from .instability import detect_instability
+from .learning_rate import NO_UNSTABLE_RUN
 from .runs import Point, Run, Study, finish, sqlite_storage
 
 logger = logging.getLogger(__name__)
 PEAKS = (10, 100)  # peak learning rates, in unstable base learning rates
 POST_WARMUP = 2  # constant steps after the ramp, in warmup steps
 LONGEST_WARMUP = 0.1  # of the training steps
+NO_STABLE_WARMUP = "No warmup was stable: clip gradients, or lower the learning rate."
 TRAIN_LONGER = 0.05  # of the training steps: a longer warmup wants a longer training
 
 
@@ -55,7 +57,7 @@ class WarmupResult:
     @property
     def advice(self) -> str:
         if self.warmup_steps is None:
-            return "No warmup was stable: clip gradients, or lower the learning rate."
+            return NO_STABLE_WARMUP
         text = f"{self.warmup_steps} steps of warmup to {self.learning_rate:g}, then the schedule as it is: "
         text += f"{self.max_steps} + {self.warmup_steps} = {self.total_steps} steps."
         if self.warmup_steps > TRAIN_LONGER * self.max_steps:
@@ -79,9 +81,9 @@ def warmup_grid(max_steps: int) -> list[int]:
 
 def search_warmup(
     train: Callable[[float, int, int], Trainer | Sequence[float]],
-    unstable_base_learning_rate: float,
+    unstable_base_learning_rate: float | None,
     max_steps: int,
-    output: str | os.PathLike = "runs/search_warmup",
+    output: str | os.PathLike,
     storage: str | None = None,
     settings: dict | None = None,
     plot: bool = True,
@@ -96,13 +98,16 @@ def search_warmup(
         train: takes peak learning rate, warmup steps and all steps of a run (three times the warmup). Returns a Trainer
             with that learning rate (its schedule and length are set here), or trains by itself, ramp and constant
             part, and returns the loss of every step.
-        unstable_base_learning_rate: from `sweep_learning_rate`.
+        unstable_base_learning_rate: from `sweep_learning_rate`; None, where it found none, is refused.
         max_steps: length of the training that the warmup is for, without it.
-        storage, settings: as for `sweep_learning_rate`.
+        output, storage, settings: as for `sweep_learning_rate`.
 
     Raises:
-        ImportError: names the extra. ValueError: max_steps is too short, or the storage belongs to another search.
+        ImportError: names the extra. RuntimeError: started by torchrun with several ranks.
+        ValueError: there is no unstable learning rate, max_steps is too short, or the storage is of another search.
     """
+    if unstable_base_learning_rate is None:
+        raise ValueError(f"unstable_base_learning_rate=None, nothing to warm up to. {NO_UNSTABLE_RUN}")
     grid = warmup_grid(max_steps)
     if plot:
         require_matplotlib()
@@ -145,8 +150,14 @@ def summarize_warmup(runs: dict[Point, Run], max_steps: int) -> WarmupResult:
     return WarmupResult(tried, max_steps, shortest, rate)
 
 
-def prepend_warmup(schedule: Callable[[int], float], warmup_steps: int) -> Callable[[int], float]:
-    """A ramp from 0 to the schedule's first value over `warmup_steps`, then the schedule: for torch's LambdaLR."""
+def prepend_warmup(schedule: Callable[[int], float], warmup_steps: int | None) -> Callable[[int], float]:
+    """A ramp from 0 to the schedule's first value over `warmup_steps`, then the schedule: for torch's LambdaLR.
+
+    Raises:
+        ValueError: warmup_steps is None, as `search_warmup` found no stable warmup.
+    """
+    if warmup_steps is None:
+        raise ValueError(f"warmup_steps=None, there is no ramp to prepend. {NO_STABLE_WARMUP}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -224,7 +224,7 @@ def test_no_published_method_is_best_at_an_end_of_its_grid(folder):
 
 
 def test_the_summary_in_the_readme_is_that_of_all_sweeps():
-    folders = [*sorted(RESULTS.glob("glue/*")), RESULTS / "commonsense"]
+    folders = [*sorted(RESULTS.glob("glue/*")), RESULTS / "commonsense", RESULTS / "math_problems"]
     assert sorted(folders) == SWEEPS
     table = report.summary([str(folder) for folder in folders])
     assert (RESULTS / "summary.md").read_text() == table + "\n"

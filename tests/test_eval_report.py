@@ -77,8 +77,8 @@ def test_every_figure_is_that_of_the_runs(tmp_path):
         assert row["seeds"] == "3 of 3" and row["rank"] == "5.0" and row["MiB"] == "100"
     assert table["scalora"]["s a step"] == "1.000" and table["scalora"]["trainable"] == "7,000"
     difference = table["scalora"]["over lora (p; 95% of rows)"]
-    p = stats.ttest_rel(*scores[::-1]).pvalue
-    assert difference.startswith(f"{np.mean(scores[1]) - np.mean(scores[0]):+.3f} (p = {p:.2f}; ")
+    assert stats.ttest_rel(*scores[::-1]).pvalue < 0.01
+    assert difference.startswith(f"{np.mean(scores[1]) - np.mean(scores[0]):+.3f} (p < 0.01; ")
     # After lora's 10 seconds, scalora has made 10 of its 20 steps.
     assert table["scalora"]["dev accuracy at lora's steps"] == "0.900 ± 0.000"
     assert table["scalora"]["within its seconds"] == "0.800 ± 0.000"

@@ -176,6 +176,15 @@ def test_rank_pattern_of_an_attention_holds_for_its_output_projection(tmp_path):
     assert relative(loaded(kind.inputs()), model(kind.inputs())) < 1e-5
 
 
+def check_trained_export(model, base, folder):
+    """Train `model` on random tokens; its export onto a new `base()` computes what it does, and the base does not."""
+    train(model, lambda m: m(input_ids=torch.randint(5, 17, (4, 8))).logits)
+    export_lora(model, folder)
+    plain = PeftModel.from_pretrained(base(), str(folder)).eval()
+    assert relative(logits(plain), logits(base().eval())) > 1e-2
+    assert relative(logits(plain), logits(model)) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     "overrides",
@@ -189,21 +198,13 @@ def test_export_with_tied_weights(tmp_path, overrides):
         return language_model(tie_word_embeddings=True)
 
     model = get_peft_model(base(), ScaLoRAConfig(**dict(r=2, scaling_interval=2, task_type="CAUSAL_LM") | overrides))
-    train(model, lambda m: m(input_ids=torch.randint(5, 17, (4, 8))).logits)
-    export_lora(model, tmp_path / "plain")
-    plain = PeftModel.from_pretrained(base(), str(tmp_path / "plain")).eval()
-    assert relative(logits(plain), logits(base().eval())) > 1e-2
-    assert relative(logits(plain), logits(model)) < 1e-5
+    check_trained_export(model, base, tmp_path / "plain")
 
 
 def test_export_of_a_transformers_model_that_carries_the_adapter_itself(tmp_path):
     model = language_model()
     model.add_adapter(ScaLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], scaling_interval=2))
-    train(model, lambda m: m(input_ids=torch.randint(5, 17, (4, 8))).logits)
-    export_lora(model, tmp_path / "plain")
-    plain = PeftModel.from_pretrained(language_model(), str(tmp_path / "plain")).eval()
-    assert relative(logits(plain), logits(language_model().eval())) > 1e-2
-    assert relative(logits(plain), logits(model)) < 1e-5
+    check_trained_export(model, language_model, tmp_path / "plain")
 
 
 def test_export_of_a_model_padded_for_hotswapping(tmp_path):

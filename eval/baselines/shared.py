@@ -64,10 +64,14 @@ def target_layers(model: nn.Module, settings) -> dict[str, nn.Linear]:
     return layers
 
 
+def is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "quantization_method", None) is not None
+
+
 def refuse_quantized(model: nn.Module, settings, reason: str) -> None:
     """
     Raises:
         ValueError: the base is quantized.
     """
-    if getattr(model, "quantization_method", None) is not None:
+    if is_quantized(model):
         raise ValueError(f"method={settings.method!r} needs a base that is not quantized: {reason}.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 from baselines import METHODS, Prepared, prepare
-from baselines.shared import task_type
+from baselines.shared import is_quantized, task_type
 from peft import TaskType
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -140,10 +140,10 @@ def train(
             f"choose max_length={limit} or less."
         )
     set_seed(settings.seed)
+    if not is_quantized(model):  # which is where it has to be
+        model = model.to(this_process().device)
     if settings.method == UNTRAINED:
         return _untrained(model, evaluate)
-    if getattr(model, "quantization_method", None) is None:  # which is where it has to be
-        model = model.to(this_process().device)
     started = clock()
     prepared = prepare(model, settings, _first_batches(rows, collator, settings.batch_size))
     setup_seconds = clock() - started
@@ -201,8 +201,6 @@ def train(
 
 
 def _untrained(model: torch.nn.Module, evaluate: Callable) -> tuple[torch.nn.Module, dict]:
-    if getattr(model, "quantization_method", None) is None:
-        model = model.to(this_process().device)
     nothing = {"trainable_parameters": 0, "effective_rank": None, "steps": 0, "tokens": 0, "train_seconds": 0.0}
     point = {"step": 0, "seconds": 0.0, **_in_eval_mode(evaluate, model)}
     return model, {**nothing, "peak_memory_bytes": peak_memory_bytes(), "losses": [], "curve": [point]}

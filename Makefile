@@ -12,8 +12,8 @@ test: .venv/test/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 $(ARGS)
 
 bench: .venv/quickstart/installed
-	.venv/quickstart/bin/python eval/overhead.py --output eval/results/overhead
-	.venv/quickstart/bin/python eval/overhead_sweep.py --output eval/results/overhead
+	.venv/quickstart/bin/python -m eval.overhead --output results/overhead
+	.venv/quickstart/bin/python -m eval.studies.overhead_sweep --output results/overhead
 
 lint: .venv/dev/installed
 	.venv/dev/bin/ruff check . && .venv/dev/bin/ruff format --check .

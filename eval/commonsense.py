@@ -1,6 +1,6 @@
 """Commonsense reasoning: joint fine-tuning on eight multiple-choice tasks, each scored; one run, one JSON.
 
-    python eval/commonsense.py --model M --data-dir D --method scalora --learning-rate 1e-3 --output runs/M.json
+    python -m eval.commonsense --model M --data-dir D --method scalora --learning-rate 1e-3 --output runs/M.json
 
 Rows have the shape of LLM-Adapters (arXiv:2304.01933): instruction, input, output, answer. With --data-dir they are
 `commonsense/TASK/{train,test}.jsonl.gz` below a folder; else the training mixture comes from the hub, the test files
@@ -19,19 +19,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness.generate import generate
-from harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
-from harness.models import load_causal_lm
-from harness.once import run_once
-from harness.prompts import with_labels
-from harness.ranks import over_ranks
-from harness.record import checkpoints, is_main_process, short_hash
-from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
 from transformers import DataCollatorForSeq2Seq
 
-from peft_scalora.data import IGNORED_LABEL
-from peft_scalora.files import replace_file
+from eval.harness.generate import generate
+from eval.harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
+from eval.harness.models import load_causal_lm
+from eval.harness.once import run_once
+from eval.harness.prompts import with_labels
+from eval.harness.ranks import over_ranks
+from eval.harness.record import checkpoints, is_main_process, short_hash
+from eval.harness.rows import DataError, Field, Rows, Source, load, split_dev
+from eval.harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
+from peft_scalora.files.atomic import replace_file
+from peft_scalora.finetuning.data import IGNORED_LABEL
 
 TASKS = {  # and the answers that occur in each; a row names its own in its instruction
     "boolq": ("true", "false"),

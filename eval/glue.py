@@ -1,6 +1,6 @@
 """GLUE: one task, one method, one seed, one JSON.
 
-    python eval/glue.py --model MINILM --task cola --method scalora --learning-rate 1e-3 --output runs/cola.json
+    python -m eval.glue --model MINILM --task cola --method scalora --learning-rate 1e-3 --output runs/cola.json
 
 Data come from the hub (nyu-mll/glue), or with --data-dir from `glue/TASK/{train,validation}.jsonl.gz` below a folder.
 The curve is of `dev` rows taken out of the training rows; the metrics are of the validation rows, scored once, at the
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from baselines.mora import HEADS
-from glue_metric.scores import scores
-from harness.models import load_tokenizer, quantization_config
-from harness.once import run_once
-from harness.ranks import over_ranks
-from harness.record import checkpoints, is_main_process
-from harness.rows import Field, Rows, Source, load, split_dev
-from harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+
+from eval.baselines.mora import HEADS
+from eval.glue_metric.scores import scores
+from eval.harness.models import load_tokenizer, quantization_config
+from eval.harness.once import run_once
+from eval.harness.ranks import over_ranks
+from eval.harness.record import checkpoints, is_main_process
+from eval.harness.rows import Field, Rows, Source, load, split_dev
+from eval.harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 r"""Word problems: train a language model on GSM8K, MATH or MetaMathQA, test it on GSM8K and MATH; one run, one JSON.
 
-    python eval/math_problems.py --model M --data-dir D --train gsm8k math --method scalora --output runs/M.json
-    python eval/math_problems.py --data-dir D --check-answers
+    python -m eval.math_problems --model M --data-dir D --train gsm8k math --method scalora --output runs/M.json
+    python -m eval.math_problems --data-dir D --check-answers
 
 Rows come from the hub, or with --data-dir from `gsm8k/{train,test}.jsonl.gz`, `math/{train,test}.jsonl.gz` and
 `metamathqa/train.jsonl.gz` below a folder; --train also takes JSONL files with MetaMathQA's fields, query and response.
@@ -22,20 +22,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
-from harness.generate import generate
-from harness.likelihood import check_length
-from harness.loss import answer_loss
-from harness.models import load_causal_lm
-from harness.once import run_once
-from harness.prompts import encode_all
-from harness.record import checkpoints, is_main_process, short_hash
-from harness.rows import DataError, Field, Rows, Source, load, split_dev
-from harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
 from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq
 
-from peft_scalora.data import IGNORED_LABEL
+from eval.harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
+from eval.harness.generate import generate
+from eval.harness.likelihood import check_length
+from eval.harness.loss import answer_loss
+from eval.harness.models import load_causal_lm
+from eval.harness.once import run_once
+from eval.harness.prompts import encode_all
+from eval.harness.record import checkpoints, is_main_process, short_hash
+from eval.harness.rows import DataError, Field, Rows, Source, load, split_dev
+from eval.harness.training import Training, add_arguments, check_counts, from_arguments, settings_of, train
+from peft_scalora.finetuning.data import IGNORED_LABEL
 
 # MetaMath (arXiv:2309.12284), train_math.py; the solution follows at once.
 PROMPT = (

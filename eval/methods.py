@@ -1,6 +1,6 @@
 """Model-optimization methods side by side on one model: quality, size, memory, speed and what they took.
 
-    python eval/methods.py --model MINILM --task sst2 --methods all --output eval/results/methods/minilm-sst2
+    python -m eval.methods --model MINILM --task sst2 --methods all --output results/methods/minilm-sst2
 
 Every method starts from the same fine-tuned dense model (row `dense`), or from another row's model. It is saved, loaded
 again in a fresh process, and scored there: the score has to be the same to the last bit. Data come from the hub, or
@@ -20,7 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 
 import transformers
-from compression import (
+
+from eval.harness.record import checkpoints, clock, finished, recorded, short_hash
+from eval.harness.training import Training, add_arguments, from_arguments, settings_of
+from eval.optimizing import (
     combinations,
     distillation,
     finetuning,
@@ -29,12 +32,10 @@ from compression import (
     quantization,
     structure,
 )
-from compression.common import Context, Row, bytes_on_disk, count, on_device
-from compression.measure import in_fresh_process
-from compression.report import write_report
-from compression.tasks import Task, TaskSettings, load_task
-from harness.record import checkpoints, clock, finished, recorded, short_hash
-from harness.training import Training, add_arguments, from_arguments, settings_of
+from eval.optimizing.common import Context, Row, bytes_on_disk, count, on_device
+from eval.optimizing.measure import in_fresh_process
+from eval.optimizing.report import write_report
+from eval.optimizing.tasks import Task, TaskSettings, load_task
 
 MODULES = (finetuning, hyperparameters, pruning, quantization, structure, distillation, combinations)
 MODULE_OF: dict[str, ModuleType] = {name: module for module in MODULES for name in module.ROWS}

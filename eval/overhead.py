@@ -3,7 +3,7 @@
 All methods train the same randomly initialised model on the same batch, interleaved in one process, so that what the
 machine does besides hits all of them. Ratios to LoRA are taken pair by pair and summarised by median and quartiles.
 
-    python eval/overhead.py --shape smollm2-135m --tokens 512 --r 8 --repeats 7 --output eval/results/overhead
+    python -m eval.overhead --shape smollm2-135m --tokens 512 --r 8 --repeats 7 --output results/overhead
 
 ScaLoRA's accumulators are full (all R columns in use, recompression at every rescaling): the cost of a long run, not
 of its cheap beginning. Interval I is computed from steps without and with a rescaling, t + (t_rescaling - t) / I.
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import importlib
 import json
 import os
 import platform
@@ -33,10 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_scalora
+import peft_scalora.rescaling.engine as engine
 from peft_scalora import ScaLoRAConfig
-from peft_scalora.files import replace_file, replacing
+from peft_scalora.files.atomic import replace_file, replacing
 from peft_scalora.plots import require_matplotlib
-from peft_scalora.shape_group import ShapeGroup
+from peft_scalora.rescaling.shape_group import ShapeGroup
 
 # hidden size, MLP size, layers, heads, key-value heads, vocabulary
 SHAPES = {
@@ -46,7 +46,6 @@ SHAPES = {
     "llama-3-70b-block": (8192, 28672, 1, 64, 8, 1024),
 }
 NEVER = 10**9
-ENGINE = importlib.import_module("peft_scalora.rescale")  # the attribute of that name is the function
 INTERVALS = (1, 10)
 
 
@@ -167,7 +166,7 @@ PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression", "car
 
 def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
     """Mean seconds of the parts of one rescaling, each part timed to its end; every second one recompresses."""
-    owners = {"solve": ENGINE, "accumulate": ENGINE, "fold": ShapeGroup, "carry": ShapeGroup}
+    owners = {"solve": engine, "accumulate": engine, "fold": ShapeGroup, "carry": ShapeGroup}
     spent = {name: [] for name in (*PARTS.values(), "whole")}
     run.model(input_ids=ids, labels=ids).loss.backward()
     for _ in range(2 * repeats):

@@ -1,7 +1,7 @@
 """Tables and plots of the runs of a sweep, from its JSONs alone.
 
-    python eval/report.py eval/results/glue/cola --baseline lora
-    python eval/report.py eval/results/glue/* eval/results/commonsense --summary eval/results/summary.md
+    python -m eval.report results/glue/cola --baseline lora
+    python -m eval.report results/glue/* results/commonsense --summary results/summary.md
 
 Writes report.md, curves.png (loss and dev metric against step and seconds) and quality.png (metric against trainable
 parameters and memory) into the folder. Runs that failed or are missing are shown as such. For every method: its best
@@ -21,12 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from harness.record import FINISHED, read
-from harness.statistics import mean_and_error, paired_rows, paired_seeds
-from harness.training import UNTRAINED
-from sweep import PLAN_NAME, best_rate, dev_value, next_rate
 
-from peft_scalora.files import replace_file
+from eval.harness.record import FINISHED, read
+from eval.harness.statistics import mean_and_error, paired_rows, paired_seeds
+from eval.harness.training import UNTRAINED
+from eval.sweep import PLAN_NAME, best_rate, dev_value, next_rate
+from peft_scalora.files.atomic import replace_file
 from peft_scalora.plots import finish_panel, panels, save_png
 
 HEADER = [
@@ -102,7 +102,7 @@ def scorer(run: dict) -> Callable[[np.ndarray, np.ndarray], float]:
         )
     if family != "glue":
         return lambda predictions, rows: float(predictions.mean())
-    from glue import score
+    from eval.glue import score
 
     references = np.array(run["references"])
 

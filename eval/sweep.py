@@ -1,9 +1,9 @@
 """Tune every method in the same way: one grid of learning rates, one budget, then more seeds at the best rate.
 
-    python eval/sweep.py --script eval/glue.py --methods full lora lora-4r scalora scalora,scaling_interval=1 \\
-        --rates 3e-4 1e-3 3e-3 --seeds 3 --output eval/results/glue/cola -- --model MINILM --task cola --steps 150
+    python -m eval.sweep --module eval.glue --methods full lora lora-4r scalora scalora,scaling_interval=1 \\
+        --rates 3e-4 1e-3 3e-3 --seeds 3 --output results/glue/cola -- --model MINILM --task cola --steps 150
 
-All that follows `--` goes to the script. A method is a name with settings of its own after commas. The rate is chosen
+All that follows `--` goes to the module. A method is a name with settings of its own after commas. The rate is chosen
 by the dev metric of the first seed; while the best is at an end of its grid, the grid grows there by its own ratio, so
 no method is judged by an end. Trials are in `sweep.db` (optuna, sqlite), runs one JSON each; a sweep that is continued
 repeats nothing. A run that crashes is a trial that failed, and stays to be seen in the report.
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import optuna
-from harness.record import FAILED, FINISHED, read, to_json
-from harness.training import UNTRAINED
 from tqdm import tqdm
 
-from peft_scalora.files import replace_file
+from eval.harness.record import FAILED, FINISHED, read, to_json
+from eval.harness.training import UNTRAINED
+from peft_scalora.files.atomic import replace_file
 
 PLAN_NAME = "plan.json"
 LOWER_IS_BETTER = ("loss",)  # ends of the names of metrics
@@ -34,9 +34,9 @@ LEAST_RATIO = 1.2  # of two rates of a grid; closer ones would be equal in two d
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is run: a script with its arguments, and where its JSONs go."""
+    """What is run: a module with its arguments, and where its JSONs go."""
 
-    script: str
+    module: str
     arguments: tuple[str, ...]
     rates: tuple[float, ...]
     seeds: int
@@ -52,7 +52,7 @@ class Sweep:
         if not (os.path.exists(path) and read(path)["status"] == FINISHED):
             name, *others = method.split(",")
             own = [part for item in others for part in option(item)]
-            command = [sys.executable, self.script, *self.arguments, "--method", name, *own]
+            command = [sys.executable, "-m", self.module, *self.arguments, "--method", name, *own]
             command += ["--learning-rate", f"{rate:g}", "--seed", str(seed), "--output", path]
             log, before = f"{path}.log", _modified(path)
             with open(log, "w", encoding="utf-8") as file:
@@ -156,7 +156,7 @@ def save_plan(sweep: Sweep, methods: list[str]) -> None:
     # Paths by their names: the plan is the same on another machine.
     arguments = [os.path.basename(part.rstrip(os.sep)) if os.sep in part else part for part in sweep.arguments]
     plan = {
-        "script": os.path.basename(sweep.script),
+        "module": sweep.module,
         "arguments": arguments,
         "rates": list(sweep.rates),
         "seeds": sweep.seeds,
@@ -171,18 +171,18 @@ def save_plan(sweep: Sweep, methods: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", required=True)
+    parser.add_argument("--module", required=True)
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="methods at a time; their seconds disturb each other")
     parser.add_argument("--output", required=True)
-    parser.add_argument("arguments", nargs="*", help="after --: for the script")
+    parser.add_argument("arguments", nargs="*", help="after --: for the module")
     arguments = parser.parse_args()
     rates = sorted(arguments.rates)
     if len(rates) < 2 or any(high < LEAST_RATIO * low for low, high in pairwise(rates)):
         parser.error(f"--rates needs two or more, each {LEAST_RATIO} times the one before: grids grow by it.")
-    sweep = Sweep(arguments.script, tuple(arguments.arguments), tuple(rates), arguments.seeds, arguments.output)
+    sweep = Sweep(arguments.module, tuple(arguments.arguments), tuple(rates), arguments.seeds, arguments.output)
     os.makedirs(sweep.output, exist_ok=True)
     save_plan(sweep, arguments.methods)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

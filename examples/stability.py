@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 
-from acceptability import generate
 from datasets import Dataset
 from peft import get_peft_model
 from quickstart import PHENOMENA, fetch_minilm
@@ -29,7 +28,8 @@ from transformers import (
 )
 
 from peft_scalora import ScaLoRAConfig, StabilityCallback, StabilityConfig
-from peft_scalora.files import replace_file
+from peft_scalora.files.atomic import replace_file
+from peft_scalora.finetuning.corpus import generate
 from peft_scalora.stability import detect_instability, sweep_learning_rate
 
 

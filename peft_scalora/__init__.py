@@ -4,26 +4,26 @@ from importlib import import_module
 
 from .config import ScaLoRAConfig
 from .register import register
-from .rescale import RescaleReport, rescale
+from .rescaling.engine import RescaleReport, last_report, rescale
 from .version import __version__
 
 # Imported on first use: they need parts of transformers that a plain training script does not.
 _LAZY = {
-    "ExportReport": "export",
+    "ExportReport": "export.lora",
     "GaussNewton": "gauss_newton",
     "GaussNewtonCallback": "gauss_newton.callback",
     "GaussNewtonConfig": "gauss_newton",
-    "MergeReport": "merged",
+    "MergeReport": "export.merged",
     "ScaLoRACallback": "callbacks",
     "StabilityCallback": "stability.callbacks",
     "StabilityConfig": "stability.callbacks",
     "effective_rank": "rank",
-    "export_lora": "export",
-    "export_merged": "merged",
-    "last_complete_checkpoint": "checkpoints",
-    "push_to_hub": "hub",
+    "export_lora": "export.lora",
+    "export_merged": "export.merged",
+    "last_complete_checkpoint": "files.checkpoints",
+    "push_to_hub": "export.hub",
 }
-__all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "rescale", *_LAZY]
+__all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "last_report", "rescale", *_LAZY]
 
 register()
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from .plots import plot_lines, require_matplotlib
 from .rank import effective_rank
-from .rescale import RescaleReport, last_report
+from .rescaling.engine import RescaleReport, last_report
 
 PLOT_NAME = "scalora_rank.png"
 RULES = ("column", "scalar", "exact", "skipped")

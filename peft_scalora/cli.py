@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     """The settings of a fine-tuning run, but for some."""
-    from .finetune import FinetuneSettings
+    from .finetuning.run import FinetuneSettings
 
     for setting in fields(FinetuneSettings):
         name, default = setting.name, setting.default
@@ -140,13 +140,13 @@ def _search_settings(arguments: argparse.Namespace, *own: str) -> tuple[dict, di
 
 
 def _trainer(settings: dict, **changed):
-    from .finetune import FinetuneSettings, make_trainer
+    from .finetuning.run import FinetuneSettings, make_trainer
 
     return make_trainer(FinetuneSettings(**settings | changed))
 
 
 def _run_finetune(arguments: argparse.Namespace) -> None:
-    from .finetune import FinetuneSettings, finetune
+    from .finetuning.run import FinetuneSettings, finetune
 
     settings = vars(arguments)
     settings.pop("command")
@@ -156,7 +156,7 @@ def _run_finetune(arguments: argparse.Namespace) -> None:
 
 
 def _run_info(arguments: argparse.Namespace) -> None:
-    from .info import adapter_info, format_info
+    from .export.info import adapter_info, format_info
 
     info = adapter_info(arguments.adapter, arguments.tol)
     print(json.dumps(info, indent=1) if arguments.json else format_info(info))
@@ -165,7 +165,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
 def _run_export(arguments: argparse.Namespace) -> None:
     if arguments.merged:
         return _run_export_merged(arguments)
-    from .export import export_folder
+    from .export.lora import export_folder
 
     report = export_folder(arguments.adapter, arguments.output, rank=arguments.rank)
     error, size = f"{report.relative_error:.3g}", f"{report.size:,}"
@@ -177,7 +177,7 @@ def _run_export(arguments: argparse.Namespace) -> None:
 
 
 def _run_export_merged(arguments: argparse.Namespace) -> None:
-    from .merged import export_merged_folder
+    from .export.merged import export_merged_folder
 
     if arguments.rank is not None:
         raise ValueError("--rank and --merged exclude each other: a merged model has no adapter to truncate.")

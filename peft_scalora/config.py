@@ -12,9 +12,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig
 
-from . import fingerprint
-from .card import write_note
-from .checks import WEIGHTS_NAME, check_folder
+from .files import fingerprint
+from .files.card import write_note
+from .files.checks import WEIGHTS_NAME, accumulator_rank, check_folder
 
 
 class ScaLoRAPeftType(str, enum.Enum):
@@ -150,8 +150,8 @@ class ScaLoRAConfig(LoraConfig):
             )
 
     def accumulator_rank_for(self, r: int, out_features: int, in_features: int) -> int:
-        """R of a layer with adapter rank r and a weight of out_features x in_features."""
-        return min(self.accumulator_rank or 8 * r, out_features, in_features)
+        """Return R of a layer with adapter rank r and a weight of out_features x in_features."""
+        return accumulator_rank(self.accumulator_rank, r, out_features, in_features)
 
     def to_dict(self) -> dict:
         """As for LoraConfig, with sets as sorted lists: the same adapter is saved as the same bytes."""

@@ -12,10 +12,10 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, _ConvNd
 from torch import Tensor, nn
 
-from .accumulator import singular_values
 from .config import ScaLoRAConfig
 from .held import HeldDict, HostHeldDict, Progress
-from .low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
+from .maths.accumulator import singular_values
+from .maths.low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
 from .quantized import dequantized, keep_as_loaded
 
 # Every live ScaLoRA layer, so that a hook on any optimizer can find the layers whose parameters it steps.

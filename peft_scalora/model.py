@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import pad
 
-from .accumulator import truncate
-from .checks import check_values
 from .config import ScaLoRAConfig
-from .fingerprint import difference, fingerprint, short
+from .files.checks import check_values
+from .files.fingerprint import difference, fingerprint, short
 from .layer import ScaLoRALayer, make_scalora
-from .rescale import install_deepspeed_hook
+from .maths.accumulator import truncate
+from .rescaling.engine import install_deepspeed_hook
 
 # Combination types whose result PEFT defines on the whole weight change, and on the factors' entries.
 _ON_CHANGE = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from .files import replacing
+from .files.atomic import replacing
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x, y)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from .accumulator import effective_rank as count_above
-from .accumulator import singular_values
 from .layer import ScaLoRALayer
+from .maths.accumulator import effective_rank as count_above
+from .maths.accumulator import singular_values
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

@@ -7,7 +7,7 @@ import peft.utils.hotswap
 
 from .config import ScaLoRAConfig, ScaLoRAPeftType
 from .model import ScaLoRAModel
-from .rescale import install_hook
+from .rescaling.engine import install_hook
 
 SCALORA = ScaLoRAPeftType.SCALORA
 # A hotswapped adapter brings tensors, not its configuration: these have to agree.

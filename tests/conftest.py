@@ -1,8 +1,11 @@
 """No network, one thread, one seed: what every test starts from."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Processes that a test starts find this checkout, and `eval`, which is not installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.getenv("PYTHONPATH")]))
 
 import pytest
 import torch

@@ -3,10 +3,11 @@
 import gc
 
 import torch
-from harness.models import IN_4_BIT, quantization_config
-from harness.training import Training, train
 from helpers_models import VOCABULARY, tiny_bert, tiny_llama
 from transformers import BertForSequenceClassification, LlamaForCausalLM
+
+from eval.harness.models import IN_4_BIT, quantization_config
+from eval.harness.training import Training, train
 
 gc.freeze()  # Trainer collects garbage at the end of a run, and most of its time would go into what is imported
 

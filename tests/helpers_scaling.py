@@ -3,7 +3,7 @@
 import torch
 from helpers import PROBLEMS, problem, stack
 
-from peft_scalora.scaling import column_scales, gram_matrices, normal_system, solve
+from peft_scalora.maths.scaling import column_scales, gram_matrices, normal_system, solve
 
 # (r, m, n): r = 1, ordinary, r = min(m, n), r > min(m, n)
 SHAPES = [(1, 5, 4), (3, 7, 6), (4, 4, 9), (6, 4, 3)]

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 
-from peft_scalora.accumulator import effective_rank, fold_factors, singular_values, truncate
+from peft_scalora.maths.accumulator import effective_rank, fold_factors, singular_values, truncate
 
 L, M, N = 3, 17, 13
 

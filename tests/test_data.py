@@ -7,8 +7,8 @@ from helpers_runs import WORDS, save_encoder, save_language_model, sentences, wr
 from transformers import AutoTokenizer
 
 from peft_scalora.cli import main
-from peft_scalora.data import Fields, encode, find_fields, load_rows
-from peft_scalora.finetune import FinetuneSettings, finetune, make_trainer
+from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
+from peft_scalora.finetuning.run import FinetuneSettings, finetune, make_trainer
 
 
 def run(tmp_path, rows, task="classification", **overrides):

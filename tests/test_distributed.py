@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_scalora import ScaLoRAConfig, rescale
-from peft_scalora.sharding import CHECK_RANKS, check_ranks
+from peft_scalora.rescaling.sharding import CHECK_RANKS, check_ranks
 
 SCRIPT = pathlib.Path(__file__).with_name("distributed_train.py")
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")

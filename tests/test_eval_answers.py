@@ -1,16 +1,12 @@
 """Final answers against a table written by hand, and against SymPy on random expressions."""
 
 import random
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import sympy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))  # scripts, not a package
-
-from harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
+from eval.harness.answers import MathVerify, boxed_answer, gsm8k_answer, last_number, same_number
 
 
 @pytest.mark.parametrize(
@@ -182,7 +178,7 @@ def test_what_math_verify_fails_on_is_counted(monkeypatch):
     def fails(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("harness.answers.verify", fails)
+    monkeypatch.setattr("eval.harness.answers.verify", fails)
     verifier = MathVerify()
     assert not verifier.same_answer("1", "2")
     assert set(verifier.errors) == {"ZeroDivisionError"}

@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import set_seed
 
-from peft_scalora import moments, rescale
-
-from baselines import METHODS, prepare  # isort: skip
-from baselines.peft_methods import UncarriedAdamW  # isort: skip
+from eval.baselines import METHODS, prepare
+from eval.baselines.peft_methods import UncarriedAdamW
+from peft_scalora import rescale
+from peft_scalora.rescaling import moments
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_kind = pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -13,14 +13,10 @@ from helpers_commonsense import CHOICES, byte_tokenizer, causal_model, row, save
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval import commonsense
+from eval.harness.rows import DataError
+from eval.harness.training import Training
 from peft_scalora import effective_rank
-
-EVAL = Path(__file__).parents[1] / "eval"
-sys.path.insert(0, str(EVAL))  # scripts, not a package
-
-import commonsense  # noqa: E402
-from harness.rows import DataError  # noqa: E402
-from harness.training import Training  # noqa: E402
 
 EXAMPLE = row(["true", "false"], "true", ["is", "red", "blue"])
 PROMPT = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -331,7 +327,7 @@ def test_a_run_continues_where_it_was_interrupted(where, whole, model_folder, da
 
 def test_the_untrained_model_over_two_processes(model_folder, data_dir, tmp_path):
     command = [
-        str(EVAL / "commonsense.py"), "--model", model_folder, "--data-dir", data_dir, "--method", "none",
+        "-m", "eval.commonsense", "--model", model_folder, "--data-dir", data_dir, "--method", "none",
         "--test-rows", "5", "--dev-rows", "16", "--output",
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,10 +1,8 @@
-"""eval/compression: what is taken out of a model, and distillation, against models that are masked and cut by hand."""
+"""eval/optimizing: what is taken out of a model, and distillation, against models that are masked and cut by hand."""
 
 import copy
 import math
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,9 @@ from helpers_models import distance, tiny_bert, tiny_llama, tokens
 from safetensors.numpy import load_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-from compression import distillation, pruning, shrink, structure
-from compression.common import count
-from compression.common import load as load_plain
+from eval.optimizing import distillation, pruning, shrink, structure
+from eval.optimizing.common import count
+from eval.optimizing.common import load as load_plain
 
 MODELS = {"bert": tiny_bert, "llama": tiny_llama}
 IN_DOUBLE = {"bert": 1e-12, "llama": 1e-5}  # whose norms compute in float32

@@ -1,17 +1,13 @@
 """Batched greedy generation against the model's own argmax, one prompt and one whole forward pass a token."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers_runs import SPECIAL, WORDS, language_model, save_tokenizer
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))  # scripts, not a package
-
-from harness.generate import generate
+from eval.harness.generate import generate
 
 PROMPTS = [
     "the cat sat",

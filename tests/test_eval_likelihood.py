@@ -1,8 +1,6 @@
 """Batched likelihoods against one choice at a time, without batches, padding or sharing, in float64."""
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +8,7 @@ import torch
 from helpers_commonsense import byte_tokenizer, causal_model, task_rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))  # scripts, not a package
-
-from harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods, log_probability
+from eval.harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods, log_probability
 
 CONTEXTS = [
     "the cat sat on",

@@ -19,14 +19,12 @@ from lm_eval.tasks import TaskManager
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from eval.commonsense import load_rows
+from eval.harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods
+from eval.lm_eval.agreement import lm_eval_scores, our_scores, table
 from peft_scalora import export_lora, export_merged
 
-EVAL = Path(__file__).parents[1] / "eval"
-sys.path.insert(0, str(EVAL))  # scripts, not a package
-
-from commonsense import load_rows  # noqa: E402
-from harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods  # noqa: E402
-from lm_eval_agreement import lm_eval_scores, our_scores, table  # noqa: E402
+RESULTS = Path(__file__).parents[1] / "results"
 
 TASK = {
     "task": "mixed_lengths",
@@ -100,8 +98,8 @@ def test_tasks_of_the_same_files_are_judged_alike(tmp_path, monkeypatch):
 
 
 def test_the_committed_table_is_that_of_its_json():
-    result = json.loads((EVAL / "results" / "lm_eval_agreement.json").read_text())
-    assert (EVAL / "results" / "lm_eval_agreement.md").read_text() == table(result)
+    result = json.loads((RESULTS / "lm_eval_agreement.json").read_text())
+    assert (RESULTS / "lm_eval_agreement.md").read_text() == table(result)
     assert set(result["tasks"]) == set(CHOICES)
     for found in result["tasks"].values():
         assert found["rows_judged_differently"] == 0
@@ -166,7 +164,7 @@ def lm_eval_in_process(folder, **model):
 def test_adapters_are_loaded_by_lm_evals_command(adapter, monkeypatch):
     """As the merged model, and unlike the base; the folder exported as LoRA needs no command of ours."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(adapter / "cache"))
-    script = [str(EVAL / "lm_eval_scalora.py")]
+    script = ["-m", "eval.lm_eval.scalora"]
     ours = lm_eval_command(adapter, script, f"pretrained={adapter / 'base'},peft={adapter / 'adapter'},dtype=float32")
     merged = lm_eval_in_process(adapter, pretrained="merged")
     base = lm_eval_in_process(adapter, pretrained="base")

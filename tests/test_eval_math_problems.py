@@ -11,13 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))  # scripts, not a package
-
-import math_problems
-from harness.prompts import encode
-from harness.rows import DataError
-from harness.training import Training
-from math_problems import Evaluation, check_answers, load_problems, load_test, run
+from eval import math_problems
+from eval.harness.prompts import encode
+from eval.harness.rows import DataError
+from eval.harness.training import Training
+from eval.math_problems import Evaluation, check_answers, load_problems, load_test, run
 
 BEFORE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 TEXTS = {  # what a model might write where 7 is right: strictly and flexibly right, or not

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,12 @@ from helpers_runs import classification_rows, save_tokenizer
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import harness.training
-import methods
-from compression import common, hyperparameters, pruning, quantization, structure
-from compression.common import Row
-from compression.common import load as load_plain
-from compression.tasks import TaskSettings, load_task
-from harness.training import Training
+from eval import methods
+from eval.harness.training import Training
+from eval.optimizing import common, hyperparameters, pruning, quantization, structure
+from eval.optimizing.common import Row
+from eval.optimizing.common import load as load_plain
+from eval.optimizing.tasks import TaskSettings, load_task
 
 # runs
 
@@ -130,7 +127,7 @@ def interrupted(monkeypatch, after):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", counted)
-        for module in (methods, common, hyperparameters, harness.training):
+        for module in (methods, common, hyperparameters, eval.harness.training):
             patch.setattr(module, "clock", lambda: len(done))
         yield done
 

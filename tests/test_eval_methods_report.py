@@ -3,15 +3,13 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-import methods
-from compression import report
+from eval import methods
+from eval.optimizing import report
 
 
 def result_of(name, seed, quality, size):
@@ -58,7 +56,7 @@ def test_a_seed_that_failed_leaves_the_others_and_its_reason_stays_one_cell(tmp_
     assert cells[3][:3] == ["b", r"ValueError: a \| b", ""]
 
 
-RESULTS = Path(methods.__file__).parent / "results" / "methods"
+RESULTS = Path(__file__).parents[1] / "results" / "methods"
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda path: path.name)

@@ -8,8 +8,8 @@ import torch
 from helpers_eval import plain_model, settings
 from torch import nn
 
-from baselines import prepare  # isort: skip
-from baselines.mora import MoRALinear  # isort: skip
+from eval.baselines import prepare
+from eval.baselines.mora import MoRALinear
 
 # (in, out, r): blocks that fit and that do not, an output longer and shorter than the input, rotation and sharing.
 SHAPES = [(32, 32, 2), (24, 16, 2), (16, 24, 2), (30, 7, 1), (7, 30, 1), (48, 20, 4), (300, 310, 128), (310, 290, 130)]

@@ -4,19 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import glue
 import pytest
-from harness.ranks import over_ranks
 from helpers_runs import NO_DROPOUT, classification_rows, save_classifier
 from test_eval_glue import write_task
 
-EVAL = Path(__file__).parents[1] / "eval"
+from eval import glue
+from eval.harness.ranks import over_ranks
+
 SHARES = """
 import json, os, sys
 import torch.distributed as dist
-from harness.ranks import over_ranks
+from eval.harness.ranks import over_ranks
 dist.init_process_group("gloo")
 found = [over_ranks(lambda items: [(10 * i, dist.get_rank()) for i in items], list(range(n))) for n in (0, 1, 5, 6)]
 with open(f"{sys.argv[1]}-{dist.get_rank()}.json", "w") as file:
@@ -27,15 +26,12 @@ os._exit(0)  # DeepSpeed's threads sometimes abort a process that ends in the us
 """
 
 
-def two_processes(script, *arguments, result):
-    """Run `script` on two processes; whether it succeeded is told by the file it leaves, as its threads may abort it
+def two_processes(*command, result):
+    """Run `command` on two processes; whether it succeeded is told by the file it leaves, as its threads may abort it
     after the end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(EVAL)
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=os.environ | environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*launch, *map(str, command)], env=os.environ | environment, capture_output=True, text=True)
     assert result.exists(), done.stderr[-3000:]
 
 
@@ -68,8 +64,8 @@ def test_a_run_is_that_of_one_process_with_twice_the_batch(tmp_path, method):
     arguments += [method, "--rank", "2"]
     arguments += ["--steps", "5", "--scaling-interval", "2", "--learning-rate", "1e-2"]
     arguments += ["--warmup-steps", "0", "--eval-steps", "3", "--dev-rows", "11", "--batch-size"]
-    two_processes(EVAL / "glue.py", *arguments, "4", "--output", tmp_path / "two.json", result=tmp_path / "two.json")
-    command = [sys.executable, str(EVAL / "glue.py"), *arguments, "8", "--output", str(tmp_path / "one.json")]
+    two_processes("-m", "eval.glue", *arguments, "4", "--output", tmp_path / "two.json", result=tmp_path / "two.json")
+    command = [sys.executable, "-m", "eval.glue", *arguments, "8", "--output", str(tmp_path / "one.json")]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["status"] == "finished" and two["environment"]["processes"] == 2 and len(two["losses"]) == 5

@@ -11,7 +11,7 @@ from helpers_models import Linears, floats
 from peft import LoraConfig, get_peft_model
 from transformers import get_constant_schedule_with_warmup
 
-from baselines.relora import MERGED_NAME, ReLoRACallback, jagged  # isort: skip
+from eval.baselines.relora import MERGED_NAME, ReLoRACallback, jagged
 
 R, S, PERIOD, STEPS, RATE = 2, 1.5, 4, 14, 1e-2
 LAYERS = ("lin0", "lin1")

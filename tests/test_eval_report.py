@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
-from harness.statistics import paired_rows, paired_seeds
 from scipy import stats
+
+from eval import report
+from eval.harness.statistics import paired_rows, paired_seeds
 
 RNG = np.random.default_rng(1)
 REFERENCES = RNG.integers(0, 2, 60).tolist()
@@ -208,7 +209,7 @@ def test_rows_are_drawn_in_pairs():
     assert high == pytest.approx(difference.mean() + half, abs=0.2 * half)
 
 
-RESULTS = Path(report.__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 SWEEPS = sorted(path.parent for path in RESULTS.rglob("plan.json"))
 
 
@@ -228,4 +229,4 @@ def test_the_summary_in_the_readme_is_that_of_all_sweeps():
     assert sorted(folders) == SWEEPS
     table = report.summary([str(folder) for folder in folders])
     assert (RESULTS / "summary.md").read_text() == table + "\n"
-    assert table in (RESULTS.parents[1] / "README.md").read_text()
+    assert table in (RESULTS.parent / "README.md").read_text()

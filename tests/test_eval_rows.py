@@ -5,7 +5,8 @@ import hashlib
 import json
 
 import pytest
-from harness.rows import DataError, Field, Source, load, split_dev
+
+from eval.harness.rows import DataError, Field, Source, load, split_dev
 
 FIELDS = {"sentence": Field(str), "label": Field(int, (0, 1))}
 SOURCE = Source("task/train.jsonl.gz", "hub/name")

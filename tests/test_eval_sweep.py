@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 import optuna
 import pytest
-from sweep import best_rate, main, next_rate, option
+
+from eval.sweep import best_rate, main, next_rate, option
 
 # Writes a run whose dev metric is best at the rate OPTIMUM; crashes, or leaves nothing, at some rates.
 SCRIPT = """
@@ -35,10 +36,10 @@ def sweep(tmp_path, *methods, seeds=2, rates=("1e-3", "1e-2"), **options):
     script.write_text(SCRIPT)
     calls.write_text("")
     passed = {"optimum": "1e-2", "metric": "accuracy"} | options
-    command = ["sweep.py", "--script", str(script), "--methods", *methods, "--rates", *rates]
+    command = ["sweep.py", "--module", "script", "--methods", *methods, "--rates", *rates]
     command += ["--seeds", str(seeds), "--output", str(tmp_path / "runs"), "--", "--calls", str(calls)]
     command += [part for name, value in passed.items() for part in (f"--{name.replace('_', '-')}", value)]
-    with patch("sys.argv", command):
+    with patch("sys.argv", command), patch.dict("os.environ", {"PYTHONPATH": str(tmp_path)}):
         main()
     return [tuple(line.split()) for line in calls.read_text().splitlines()]
 

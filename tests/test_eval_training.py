@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from harness import record
-from harness.training import Training, settings_of
 from helpers_eval import plain_model, run
 from transformers import TrainingArguments
+
+from eval.harness import record
+from eval.harness.training import Training, settings_of
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from peft_scalora import ScaLoRAConfig, effective_rank, export_lora
-from peft_scalora.export import export_folder
-from peft_scalora.info import adapter_info, format_info
+from peft_scalora.export.info import adapter_info, format_info
+from peft_scalora.export.lora import export_folder
 
 IDS = torch.arange(5, 17)[None]
 

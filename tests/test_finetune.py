@@ -12,9 +12,9 @@ from scipy.stats import pearsonr
 
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.cli import main
-from peft_scalora.data import Fields, encode, find_fields, load_rows
-from peft_scalora.files import replace_file, replacing
-from peft_scalora.finetune import FinetuneSettings, NonFiniteLoss, classification_metrics, finetune
+from peft_scalora.files.atomic import replace_file, replacing
+from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
+from peft_scalora.finetuning.run import FinetuneSettings, NonFiniteLoss, classification_metrics, finetune
 
 
 def settings(tmp_path, task="classification", **overrides):

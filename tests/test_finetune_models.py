@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from peft_scalora.cli import main
-from peft_scalora.finetune import FinetuneSettings, finetune
+from peft_scalora.finetuning.run import FinetuneSettings, finetune
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 ENCODERS = {

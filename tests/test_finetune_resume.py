@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from peft_scalora.cli import main
-from peft_scalora.finetune import FinetuneSettings, finetune
+from peft_scalora.finetuning.run import FinetuneSettings, finetune
 
 
 @pytest.fixture

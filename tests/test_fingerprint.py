@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DistilBertConfig
 
-from peft_scalora.fingerprint import check, difference, fingerprint, short
+from peft_scalora.files.fingerprint import check, difference, fingerprint, short
 
 OTHER = "trained on base model"
 

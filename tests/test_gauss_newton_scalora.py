@@ -8,8 +8,7 @@ from helpers_models import KINDS, floats, scalora_layers
 from test_moments import transport
 from torch.func import functional_call, jvp
 
-from peft_scalora import GaussNewton, GaussNewtonConfig, effective_rank
-from peft_scalora.rescale import last_report
+from peft_scalora import GaussNewton, GaussNewtonConfig, effective_rank, last_report
 
 
 def test_rescaling_happens_at_outer_steps(tmp_path):

@@ -11,10 +11,10 @@ from helpers_models import KINDS, Linears, floats, output
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
 
-from peft_scalora.checks import check_values
 from peft_scalora.cli import main
-from peft_scalora.export import export_folder
-from peft_scalora.info import adapter_info
+from peft_scalora.export.info import adapter_info
+from peft_scalora.export.lora import export_folder
+from peft_scalora.files.checks import check_values
 
 WEIGHTS = "adapter_model.safetensors"
 LAYER = "base_model.model.lin0"

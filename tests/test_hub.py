@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_scalora import export_lora, export_merged
-from peft_scalora.hub import push_to_hub
+from peft_scalora.export.hub import push_to_hub
 
 WEIGHTS = "adapter_model.safetensors"
 

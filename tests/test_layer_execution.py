@@ -28,7 +28,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call, jvp
 
-from peft_scalora.rescale import last_report
+from peft_scalora import last_report
 
 
 def trained_states(model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from peft_scalora.low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
+from peft_scalora.maths.low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
 
 M, N, R = 5, 7, 2
 NAMES = ("y", "x", "A", "B")

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from peft_scalora import export_merged
 from peft_scalora.cli import main
-from peft_scalora.merged import export_merged_folder
+from peft_scalora.export.merged import export_merged_folder
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 

@@ -31,7 +31,8 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_scalora import ScaLoRAConfig, fingerprint
+from peft_scalora import ScaLoRAConfig
+from peft_scalora.files import fingerprint
 
 # Saving and loading.
 

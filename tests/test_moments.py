@@ -6,8 +6,8 @@ import torch
 from helpers_optimizers import BITSANDBYTES_8, OPTIMIZERS, make
 from torch import nn
 
-from peft_scalora import moments
-from peft_scalora.moments import OptimizerState, carried_scales, carry, check_state, multiply
+from peft_scalora.rescaling import moments
+from peft_scalora.rescaling.moments import OptimizerState, carried_scales, carry, check_state, multiply
 
 EIGHT_BIT = sorted(BITSANDBYTES_8)
 EXACT = [name for name in OPTIMIZERS if name not in BITSANDBYTES_8]

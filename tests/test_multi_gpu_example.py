@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from helpers_runs import save_language_model, sentences
 from safetensors.torch import load_file
 
-from peft_scalora.sharding import CHECK_RANKS
+from peft_scalora.rescaling.sharding import CHECK_RANKS
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "multi_gpu"
 

@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_scalora import ScaLoRAConfig, effective_rank, export_lora, export_merged
-from peft_scalora.fingerprint import difference, fingerprint
+from peft_scalora.files.fingerprint import difference, fingerprint
 
 R, STEPS = 2, 50
 EXAMPLES = Path(__file__).parents[1] / "examples"

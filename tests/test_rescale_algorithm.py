@@ -23,8 +23,8 @@ from helpers_rescale import (
 )
 from torch import nn
 
-from peft_scalora import rescale, scaling
-from peft_scalora.rescale import last_report
+from peft_scalora import last_report, rescale
+from peft_scalora.maths import scaling
 
 # The whole algorithm
 

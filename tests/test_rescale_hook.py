@@ -22,8 +22,7 @@ from helpers_rescale import (
 )
 from peft import LoraConfig, get_peft_model
 
-from peft_scalora import ScaLoRAConfig, rescale
-from peft_scalora.rescale import last_report
+from peft_scalora import ScaLoRAConfig, last_report, rescale
 
 
 def rescalings(model):

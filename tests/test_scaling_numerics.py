@@ -11,8 +11,8 @@ from helpers import GENERIC, SCALINGS, problem, stack
 from helpers_scaling import SHAPES, TARGET2, batch_of, grams, scales_of, solve_all
 from torch import nn
 
-from peft_scalora import scaling
-from peft_scalora.scaling import column_scales
+from peft_scalora.maths import scaling
+from peft_scalora.maths.scaling import column_scales
 
 FLOOR = scaling.MIN_COLUMN_NORM
 

@@ -10,8 +10,8 @@ from helpers import GENERIC, SCALINGS, crossed_pair, problem, stack
 from helpers_scaling import ETA, SEEDS, SHAPES, TARGET2, L, S, batch_of, grams, scales_of, solve_all
 from scipy.optimize import minimize, nnls
 
-from peft_scalora import scaling
-from peft_scalora.scaling import normal_system
+from peft_scalora.maths import scaling
+from peft_scalora.maths.scaling import normal_system
 
 
 def system_of(problems):

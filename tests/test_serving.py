@@ -15,8 +15,8 @@ from helpers_models import (
 from peft import LoraConfig, get_peft_model
 
 from peft_scalora import export_lora
-from peft_scalora.fingerprint import short
-from peft_scalora.serving import max_lora_rank, obstacles
+from peft_scalora.files.fingerprint import short
+from peft_scalora.files.vllm import max_lora_rank, obstacles
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 

@@ -99,7 +99,7 @@ def test_no_alarm_on_single_outliers():
 
 
 def test_no_alarm_on_recorded_healthy_runs():
-    """Made by eval/healthy_runs.py: real models, several learning rates and batch sizes."""
+    """Made by eval/studies/healthy_runs.py: real models, several learning rates and batch sizes."""
     with open(os.path.join(os.path.dirname(__file__), "healthy_runs.json"), encoding="utf-8") as file:
         runs = json.load(file)["runs"]
     assert len(runs) == 20

@@ -8,8 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from peft_scalora import ScaLoRACallback, ScaLoRAConfig, effective_rank
-from peft_scalora.rescale import last_report
+from peft_scalora import ScaLoRACallback, ScaLoRAConfig, effective_rank, last_report
 
 
 def config(**overrides):

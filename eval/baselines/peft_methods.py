@@ -23,8 +23,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from peft_scalora import ScaLoRAConfig, effective_rank, moments
+from peft_scalora import ScaLoRAConfig, effective_rank
 from peft_scalora.quantized import keep_as_loaded
+from peft_scalora.rescaling import moments
 
 from .shared import Prepared, common_fields, refuse_quantized, shared_fields, target_layers, task_type
 

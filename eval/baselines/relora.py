@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from peft_scalora.accumulator import effective_rank, singular_values
-from peft_scalora.files import replacing
+from peft_scalora.files.atomic import replacing
+from peft_scalora.maths.accumulator import effective_rank, singular_values
 from peft_scalora.rank import change_factors
 
 from .shared import Prepared, refuse_quantized, shared_fields

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteriaList
 
-from peft_scalora.files import replace_file
+from peft_scalora.files.atomic import replace_file
 
 from .ranks import over_ranks
 from .record import is_main_process

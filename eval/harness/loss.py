@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_scalora.data import IGNORED_LABEL
+from peft_scalora.finetuning.data import IGNORED_LABEL
 
 from .likelihood import log_likelihoods
 from .ranks import over_ranks

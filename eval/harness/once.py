@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable
 
 import torch
-from baselines import WITHOUT_ADAPTER
 
-from peft_scalora.files import new_folder
+from eval.baselines import WITHOUT_ADAPTER
+from peft_scalora.files.atomic import new_folder
 
 from .record import finished, is_main_process, recorded
 from .training import UNTRAINED

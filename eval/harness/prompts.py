@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from peft_scalora.data import IGNORED_LABEL
+from peft_scalora.finetuning.data import IGNORED_LABEL
 
 
 def with_labels(

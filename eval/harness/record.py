@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from peft_scalora.files import replace_file
+from peft_scalora.files.atomic import replace_file
 
 from .ranks import this_process
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from baselines import METHODS, Prepared, prepare
-from baselines.shared import is_quantized, task_type
 from peft import TaskType
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from peft_scalora.checkpoints import last_complete_checkpoint
+from eval.baselines import METHODS, Prepared, prepare
+from eval.baselines.shared import is_quantized, task_type
 from peft_scalora.config import SCALINGS
+from peft_scalora.files.checkpoints import last_complete_checkpoint
 
 from .ranks import this_process
 from .record import clock, peak_memory_bytes

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_scalora import ScaLoRAConfig, last_complete_checkpoint
-from peft_scalora.data import Fields, encode, find_fields, load_rows
+from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
 
 CPU = not torch.cuda.is_available()
 

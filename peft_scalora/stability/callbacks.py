@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..files import replace_file
+from ..files.atomic import replace_file
 from ..gauss_newton import GaussNewton
 from ..plots import require_matplotlib
 from .gradients import PercentileThreshold, clip, clipping_advice, gradient_norms, read_norms

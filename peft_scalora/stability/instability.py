@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from statistics import median
 
-from ..checkpoints import STATE_NAME, last_complete_checkpoint
+from ..files.checkpoints import STATE_NAME, last_complete_checkpoint
 
 LEVEL_WINDOW = 5  # losses whose median is the current level: a rise has to hold for three of them
 BEST_WINDOW = 20  # losses whose median counts as a level the run has reached

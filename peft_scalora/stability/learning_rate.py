@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import Trainer
 
-from ..files import replace_file
+from ..files.atomic import replace_file
 from ..plots import require_matplotlib
 from .instability import InstabilityReport, detect_instability
 from .runs import Point, Run, Study, finish, finish_evaluating, sqlite_storage

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 
-from ..files import replace_file
+from ..files.atomic import replace_file
 from ..plots import require_matplotlib
 from .instability import detect_instability
 from .learning_rate import NO_UNSTABLE_RUN

@@ -1,0 +1,1 @@
+"""Evaluation of fine-tuning methods, run from a checkout as `python -m eval.glue` and the like; not installed."""

@@ -1,0 +1,160 @@
+"""Turning a ScaLoRA adapter into a plain LoRA folder that PEFT, vLLM and TGI load without this package."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields, replace
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from ..config import ScaLoRAConfig
+from ..files.atomic import new_folder, replace_file
+from ..files.card import exported_card, results_of
+from ..files.checks import PREFIX, WEIGHTS_NAME
+from ..files.vllm import max_lora_rank, obstacles
+from ..layer import ScaLoRALayer
+from ..maths.accumulator import singular_values, truncate
+from ..rank import adapted_layers
+from .saved import SavedLayer, read_adapter, saved_layers
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the folder.
+        rank: r of the plain LoRA adapter.
+        max_lora_rank: what vLLM needs as --max-lora-rank; None if no setting is high enough.
+        obstacles: why vLLM will refuse the adapter; empty if it will not.
+        relative_error: ‖exported - trained‖_F / ‖trained‖_F of the weight change over all layers; 0 for an exact export
+            (up to float32 rounding).
+        layer_errors: the same for each layer.
+        size: bytes of the weights file.
+    """
+
+    path: str
+    rank: int
+    max_lora_rank: int | None
+    obstacles: list[str]
+    relative_error: float
+    layer_errors: dict[str, float]
+    size: int
+
+
+def export_lora(
+    model: PeftModel | PreTrainedModel, path: str | os.PathLike, adapter_name: str = "default", rank: int | None = None
+) -> ExportReport:
+    """Write the adapter as plain LoRA: exact with rank r + R, or truncated to `rank` with its error in the report.
+
+    lora_A' = [lora_A; V], lora_B' = [s lora_B | U], lora_alpha' = r' (scaling 1), float32.
+
+    Raises:
+        ValueError: the model has no such ScaLoRA adapter, or rank is not positive.
+        FileExistsError: path exists and is not an empty folder.
+    """
+    layers = adapted_layers(model, adapter_name)
+    if not any(isinstance(layer, ScaLoRALayer) for layer in layers.values()):
+        raise ValueError(f"model has no ScaLoRA adapter adapter_name={adapter_name!r} to export.")
+    config = model.peft_config[adapter_name]
+    # A transformers model that carries the adapter itself has not the names of a saved one.
+    prefix = "" if isinstance(model, PeftModel) else PREFIX
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # Copies: tied modules share tensors, which a safetensors file cannot.
+    copied = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    state = {prefix + key: value.detach().to(**copied) for key, value in state.items()}
+    saved = saved_layers(state, config)
+    saved = {name: _as_scaled(layer, layers[name.removeprefix(prefix)], adapter_name) for name, layer in saved.items()}
+    return _export(saved, state, config, os.fspath(path), rank, {})
+
+
+def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
+    """With the scale that the layer has, which need not be that of its configuration."""
+    if saved.U is None:
+        return saved
+    U = saved.U * float(layer._relative_scale(adapter))
+    return replace(saved, scaling=float(layer.scaling[adapter]), U=U)
+
+
+def export_folder(folder: str, path: str, rank: int | None = None) -> ExportReport:
+    """The same from a saved adapter folder, without its base model."""
+    config, state = read_adapter(folder)
+    saved = saved_layers(state, config)
+    return _export(saved, state, config, path, rank, results_of(folder))
+
+
+def _export(
+    layers: dict[str, SavedLayer],
+    state: dict[str, Tensor],
+    config: ScaLoRAConfig,
+    path: str,
+    rank: int | None,
+    results: dict[str, float],
+) -> ExportReport:
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank!r} must be 1 or more, or None for the exact export.")
+    rescaled = {name: layer for name, layer in layers.items() if layer.U is not None}
+    factors, whole, lost = {}, {}, {}
+    for name, layer in rescaled.items():
+        P, Q = layer.change_factors()
+        factors[name], whole[name], lost[name] = _truncated(P, Q, rank)
+    new_rank = max(Q.shape[0] for _, Q in factors.values())
+
+    state = {key: value for key, value in state.items() if ".scalora_" not in key}
+    for name, layer in rescaled.items():
+        _put_factors(state, layer, *factors[name], new_rank)
+        bias = layer.key_B.removesuffix("weight") + "bias"
+        if bias in state:
+            state[bias] = state[bias] * layer.scaling
+    plain = {name: layer for name, layer in layers.items() if layer.U is None}
+    error = (sum(lost.values()) / sum(whole.values())) ** 0.5 if sum(whole.values()) else 0.0
+    layer_errors = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in rescaled}
+    plain_config = _plain_config(config, new_rank, plain)
+    refused = obstacles(plain_config, state)
+    with new_folder(path) as folder:
+        save_file(state, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        plain_config.save_pretrained(folder)
+        card = exported_card(config, new_rank, error, refused, results)
+        replace_file(os.path.join(folder, "README.md"), card)
+    size = os.path.getsize(os.path.join(path, WEIGHTS_NAME))
+    return ExportReport(path, new_rank, max_lora_rank(new_rank), refused, error, layer_errors, size)
+
+
+def _truncated(P: Tensor, Q: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float, float]:
+    """(lora_B', lora_A') as matrices, the squared norm of the change, and of what is left out of it."""
+    whole = float(singular_values(P, Q).square().sum())
+    if rank is None or rank >= Q.shape[0]:
+        return (P, Q), whole, 0.0
+    (P,), (Q,), (lost,) = truncate(P[None], Q[None], rank)
+    return (P, Q), whole, float(lost) ** 2
+
+
+def _put_factors(state: dict[str, Tensor], layer: SavedLayer, P: Tensor, Q: Tensor, rank: int) -> None:
+    """Replace the layer's entries, padded with zero columns to `rank` and in the shapes of its factors."""
+    padding = rank - Q.shape[0]
+    P, Q = pad(P, (0, padding)), pad(Q, (0, 0, 0, padding))
+    state[layer.key_B] = P.reshape(layer.lora_B.shape[0], rank, *layer.lora_B.shape[2:]).contiguous()
+    state[layer.key_A] = Q.reshape(rank, *layer.lora_A.shape[1:]).contiguous()
+
+
+def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]) -> LoraConfig:
+    """The same settings as a LoraConfig of scaling 1; layers that were plain LoRA keep their rank and scaling."""
+    names = {field.name for field in fields(LoraConfig) if field.init} - {"peft_type", "runtime_config"}
+    kept = {name: getattr(config, name) for name in names}
+    kept.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
+    for name, layer in plain.items():
+        # The whole name: PEFT would take a bare one for the end of others too.
+        key, r = "^" + re.escape(name.removeprefix(PREFIX)), layer.lora_A.shape[0]
+        kept["rank_pattern"][key], kept["alpha_pattern"][key] = r, layer.scaling * r
+    plain_config = LoraConfig(**kept | {"inference_mode": True})
+    for name, value in vars(plain_config).items():
+        if isinstance(value, set):  # in a fixed order, so that an export is always the same bytes
+            setattr(plain_config, name, sorted(value))
+    return plain_config

@@ -1,0 +1,86 @@
+"""A saved ScaLoRA adapter as tensors: read without its base model, for `info` and `export`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import ScaLoRAConfig
+from ..files.checks import FACTOR_KEYS, WEIGHTS_NAME, check_folder, check_values, pattern_value, refuse_other_weights
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One adapted layer: its factors as they are saved, its scale s, and its accumulated change (None: plain LoRA)."""
+
+    key_B: str
+    key_A: str
+    lora_B: Tensor
+    lora_A: Tensor
+    scaling: float
+    U: Tensor | None
+    V: Tensor | None
+    discarded: float
+
+    def change_factors(self) -> tuple[Tensor, Tensor]:
+        """P (out x k) and Q (k x in), float32, with P Q = s B A + U V."""
+        P, Q = self.lora_B.flatten(1).float() * self.scaling, self.lora_A.flatten(1).float()
+        if self.U is None:
+            return P, Q
+        return torch.cat([P, self.U], 1), torch.cat([Q, self.V], 0)
+
+
+def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, SavedLayer]:
+    """The layers of an adapter's state dict (keys without adapter names), by module name."""
+    layers = {}
+    for suffix_B, suffix_A in FACTOR_KEYS:
+        for key in state:
+            if not key.endswith(f".{suffix_A}"):
+                continue
+            name = key.removesuffix(f".{suffix_A}")
+            U = V = None
+            discarded = 0.0
+            if f"{name}.scalora_U.weight" in state:
+                columns = int(state[f"{name}.scalora_progress.weight"][2])
+                U, V = state[f"{name}.scalora_U.weight"], state[f"{name}.scalora_V.weight"]
+                # A dense accumulator has no V.
+                U, V = (U, torch.eye(U.shape[1])) if V.shape[0] == 0 else (U[:, :columns], V[:columns])
+                discarded = float(state[f"{name}.scalora_norms.weight"][1])
+            key_B = f"{name}.{suffix_B}"
+            scaling = _scaling(config, name, state[key].shape[0])
+            layers[name] = SavedLayer(key_B, key, state[key_B], state[key], scaling, U, V, discarded)
+    return layers
+
+
+def _scaling(config: LoraConfig, name: str, r: int) -> float:
+    return pattern_value(config.alpha_pattern, name, config.lora_alpha) / (r**0.5 if config.use_rslora else r)
+
+
+def read_adapter(folder: str) -> tuple[ScaLoRAConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a saved ScaLoRA adapter.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: the files are not those of a ScaLoRA adapter.
+    """
+    for name in ("adapter_config.json", WEIGHTS_NAME):
+        if not os.path.isfile(os.path.join(folder, name)):
+            refuse_other_weights(folder)
+            raise FileNotFoundError(f"adapter={folder!r} has no {name}: name the folder of a saved ScaLoRA adapter.")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"adapter={folder!r} has an adapter_config.json that cannot be read ({error!r}): fetch or save it again."
+        ) from error
+    if not isinstance(config, ScaLoRAConfig):
+        raise ValueError(f"adapter={folder!r} is of type {config.peft_type}, not SCALORA: there is nothing to convert.")
+    check_folder(folder, config)
+    path = os.path.join(folder, WEIGHTS_NAME)
+    state = load_file(path)
+    check_values(state, path)
+    return config, state

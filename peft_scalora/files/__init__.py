@@ -1,0 +1,1 @@
+"""Files of an adapter and their checks; nothing here needs a model."""

@@ -1,0 +1,163 @@
+"""What the model cards of saved and exported adapters say."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from . import fingerprint
+from .atomic import replace_file
+from .checkpoints import last_complete_checkpoint
+from .vllm import max_lora_rank
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+_METRICS = ("loss", "train_loss", "step", "eval_", "test_")
+_TIMINGS = ("_runtime", "_per_second")
+_HEADING = "## Loading this ScaLoRA adapter"
+_END = "`peft-scalora export path/to/this/folder path/to/plain_lora`."
+_NOTE = """{heading}
+
+Trained with ScaLoRA (r={config.r}, scaling={config.scaling!r}, rescaled every {config.scaling_interval} steps): the
+weight change has a rank far above r. Install the package peft-scalora, then import it before loading:
+
+```python
+# pip install peft-scalora
+import peft_scalora
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+{facts}
+
+Without the package PEFT stops with `KeyError: 'SCALORA'`. To serve the adapter without the package, turn it into a
+plain LoRA folder once: {end}
+"""
+
+
+def write_note(folder: str, config: LoraConfig) -> None:
+    """Put the note into the card of a saved adapter, in the place of an older one; the rest is not ours."""
+    folders = [folder]
+    # Of an adapter that is not called "default", PEFT writes the card into the folder above.
+    above = os.path.dirname(os.path.abspath(folder))
+    if "library_name: peft" not in _read_card(folder) and "library_name: peft" in _read_card(above):
+        folders.append(above)
+    facts = _table(
+        ("method", "ScaLoRA, [arXiv 2510.23818](https://arxiv.org/abs/2510.23818)"),
+        *facts_of(config),
+        ("results", format_results(results_of(folder))),
+    )
+    note = _NOTE.format(heading=_HEADING, end=_END, config=config, facts=facts)
+    for each in folders:
+        before, _, rest = _read_card(each).partition(_HEADING)
+        _, _, after = rest.partition(_END)
+        card = "\n\n".join(part.strip() for part in (before, after) if part.strip())
+        replace_file(os.path.join(each, "README.md"), f"{card}\n\n{note}".lstrip())
+
+
+def facts_of(config: LoraConfig) -> list[tuple[str, str]]:
+    """Rank, settings and base model, as rows of a card."""
+    targets = config.target_modules
+    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    base = str(config.base_model_name_or_path)
+    if config.base_fingerprint:
+        base += f" (fingerprint {fingerprint.short(config.base_fingerprint)})"
+    settings = f"lora_alpha={config.lora_alpha}, smoothness={config.smoothness!r}, accumulator={config.accumulator!r}"
+    return [
+        ("base model", base),
+        ("rank", f"r={config.r}, and up to {config.accumulator_rank or 8 * config.r} of accumulated change"),
+        ("settings", settings + (", use_rslora" if config.use_rslora else "")),
+        ("target modules", targets),
+    ]
+
+
+def results_of(folder: str) -> dict[str, float]:
+    """The latest losses and metrics of the run that wrote the folder, by name; empty where Trainer has left none.
+
+    Read from trainer_state.json in the folder or in its last checkpoint.
+    """
+    for place in (folder, last_complete_checkpoint(folder)):
+        try:
+            with open(os.path.join(place or folder, "trainer_state.json"), encoding="utf-8") as file:
+                log = json.load(file)["log_history"]
+            results = {name: value for entry in log for name, value in entry.items() if name.startswith(_METRICS)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # a card is not worth failing a save for
+        return {n: v for n, v in results.items() if isinstance(v, (int, float)) and not n.endswith(_TIMINGS)}
+    return {}
+
+
+def format_results(results: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(results.items()))
+
+
+_EXPORTED = """---
+library_name: peft
+base_model: {config.base_model_name_or_path}
+tags:
+- lora
+- scalora
+---
+
+# LoRA adapter exported from ScaLoRA
+
+A plain LoRA adapter of rank {rank}, exported from a ScaLoRA adapter (arXiv 2510.23818). Relative error of the weight
+change against the trained adapter, in the Frobenius norm over all layers: {error:.3g}.
+
+{facts}
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+{serving}
+"""
+_MERGED = """---
+library_name: transformers
+base_model: {config.base_model_name_or_path}
+tags:
+- scalora
+---
+
+# Model with a merged ScaLoRA adapter
+
+The base model with a ScaLoRA adapter (arXiv 2510.23818) merged into its weights, in {dtype}. Rounding the sum to that
+type changed what was learned by {error:.3g}, relative to its Frobenius norm over all adapted layers.
+
+{facts}
+
+It loads as its base model does, without PEFT: `AutoModel....from_pretrained("path/to/this/folder")`.
+"""
+
+
+def exported_card(config: LoraConfig, rank: int, error: float, obstacles: list[str], results: dict[str, float]) -> str:
+    """The card of a plain LoRA adapter."""
+    serving = f"vLLM serves it with `--enable-lora --max-lora-rank {max_lora_rank(rank)}`."
+    if obstacles:
+        serving = f"vLLM does not serve it: {'; '.join(obstacles)}."
+    facts = _table(("trained as", "ScaLoRA"), *facts_of(config), ("results", format_results(results)))
+    return _EXPORTED.format(config=config, rank=rank, error=error, facts=facts, serving=serving)
+
+
+def merged_card(config: LoraConfig, dtype: torch.dtype, error: float) -> str:
+    """The card of a merged model."""
+    name = str(dtype).removeprefix("torch.")
+    return _MERGED.format(config=config, dtype=name, error=error, facts=_table(*facts_of(config)))
+
+
+def _table(*rows: tuple[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
+
+
+def _read_card(folder: str) -> str:
+    path = os.path.join(folder, "README.md")
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        return file.read()

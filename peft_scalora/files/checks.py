@@ -1,0 +1,138 @@
+"""What is checked of an adapter's files before anything is built from them: they may come from anybody.
+
+Adapters are read from safetensors alone, whose header gives every name, dtype and shape without reading a value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+# What a folder may hold in its place, and why it is not read.
+_OTHER_WEIGHTS = {
+    "adapter_model.bin": "a pickle file can run code when it is read. If you trust it, convert it once: "
+    "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')",
+    f"{WEIGHTS_NAME}.index.json": "an index names files to read, and an adapter is one file. Save it again",
+}
+# Where a layer's factors are, linear and convolution layers first, then embeddings.
+FACTOR_KEYS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
+PREFIX = "base_model.model."  # of a saved layer, before its name in the base model
+STATE_KEYS = ("scalora_U.weight", "scalora_V.weight", "scalora_norms.weight", "scalora_progress.weight")
+_REMEDY = "The adapter is damaged or not what it says: fetch or save it again."
+
+
+def accumulator_rank(asked: int | None, r: int, out_features: int, in_features: int) -> int:
+    """Return R, the capacity in columns of the accumulator of a layer with adapter rank r."""
+    return min(asked or 8 * r, out_features, in_features)
+
+
+def check_folder(folder: str, config: LoraConfig) -> None:
+    """Check the weights file beside a configuration by its header; a folder without one has only the configuration.
+
+    Raises:
+        ValueError: it is no safetensors file, or does not fit the configuration; names file, tensor, value and remedy.
+    """
+    path = os.path.join(folder, WEIGHTS_NAME)
+    if not os.path.lexists(path):
+        refuse_other_weights(folder)
+        return
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no complete safetensors file (no regular file at all). {_REMEDY}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error}). {_REMEDY}") from error
+    check_shapes(shapes, config, path)
+
+
+def refuse_other_weights(folder: str) -> None:
+    """Refuse weights in a file that is not read, for a folder without the one that is; raises ValueError."""
+    for name, reason in _OTHER_WEIGHTS.items():
+        if os.path.lexists(os.path.join(folder, name)):
+            raise ValueError(f"ScaLoRA does not support {name} (adapter={folder!r}): {reason}.")
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, source: str) -> None:
+    """Check that every layer's tensors have the shapes that the configuration gives them.
+
+    Raises:
+        ValueError: names source, tensor, shape and what was expected.
+    """
+    factors = [(key.removesuffix(A), A, B) for key in shapes for B, A in FACTOR_KEYS if key.endswith(f".{A}")]
+    if not factors:
+        raise ValueError(f"{source} holds no layer of a ScaLoRA adapter. {_REMEDY}")
+    # PEFT will build layers of these ranks before it reads the file: no larger than what the file is about.
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for field, rank in {"r": config.r, **{f"rank_pattern[{k!r}]": r for k, r in config.rank_pattern.items()}}.items():
+        if rank > largest:
+            raise ValueError(f"{field}={rank} is above every dimension of the tensors in {source}. {_REMEDY}")
+    for name, suffix_A, suffix_B in factors:
+        _check_layer(shapes, name, suffix_A, suffix_B, config, source)
+
+
+def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, config: LoraConfig, source: str) -> None:
+    if not any(name + key in shapes for key in STATE_KEYS):
+        return  # plain LoRA, in a shape that PEFT knows
+    A, B = shapes[name + suffix_A], shapes.get(name + suffix_B, ())
+    r = pattern_value(config.rank_pattern, name.removesuffix("."), config.r)
+    out_features, in_features = B[0] if B else 0, prod(A[1:])
+    R = accumulator_rank(config.accumulator_rank, r, out_features, in_features)
+    dense = config.accumulator == "dense"
+    U, V = (out_features, in_features if dense else R), (0 if dense else R, in_features)
+    expected = {suffix_A: (r, *A[1:]), suffix_B: (out_features, r, *B[2:])} | dict(zip(STATE_KEYS, (U, V, (2,), (3,))))
+    for key, shape in expected.items():
+        if shapes.get(name + key) != shape:
+            raise ValueError(
+                f"{source} has {name}{key} of shape {shapes.get(name + key, 'missing')} where r={r}, accumulator="
+                f"{config.accumulator!r} and accumulator_rank={config.accumulator_rank} want {shape}. {_REMEDY}"
+            )
+
+
+def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """What rank_pattern or alpha_pattern says of a saved layer, matched as PEFT does: by its name in the base model."""
+    # Within an attention that is adapted as a whole, its output projection has a layer of its own.
+    name = name.removeprefix(PREFIX).partition(".base_layer.")[0]
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
+def check_values(state: Mapping[str, Tensor], source: str) -> None:
+    """Check that an adapter's tensors are finite and its progress is possible.
+
+    Raises:
+        ValueError: names source, tensor and value.
+    """
+    for key, tensor in state.items():
+        if "lora_" not in key:
+            continue  # another module that was trained whole
+        if key.endswith("scalora_progress.weight"):
+            numbers, room = tensor.tolist(), _room(state, key)
+            if tensor.dtype != torch.int64 or min(numbers) < 0 or numbers[2] > room:
+                raise ValueError(
+                    f"{source} has {key}={numbers} ({tensor.dtype}): whole numbers, 0 or more, were expected, and at "
+                    f"most {room} columns in use. {_REMEDY}"
+                )
+        elif not tensor.is_floating_point():
+            raise ValueError(f"{source} has {key} of {tensor.dtype}, a floating-point tensor was expected. {_REMEDY}")
+        elif not tensor.isfinite().all():
+            raise ValueError(
+                f"{source} has {key} with nan or infinite values: its training diverged, or it is damaged. Use an "
+                "earlier checkpoint."
+            )
+
+
+def _room(state: Mapping[str, Tensor], key: str) -> int:
+    """Columns that the layer of that progress can have in use; a dense accumulator (V of 0 x in) counts as one."""
+    V = state.get(key.replace("scalora_progress", "scalora_V"))
+    return 2**63 if V is None else V.shape[0] or 1

@@ -1,0 +1,1 @@
+"""The fine-tuning application behind `peft-scalora finetune`."""

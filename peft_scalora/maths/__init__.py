@@ -1,0 +1,1 @@
+"""The mathematics of the method, on tensors only: column scales, accumulated change, low-rank products."""

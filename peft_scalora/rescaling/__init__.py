@@ -1,0 +1,1 @@
+"""One rescaling of a model's adapters: scales, folds, accumulators, optimizer state."""

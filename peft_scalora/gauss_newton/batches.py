@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .linearize import Forward, Loss
@@ -41,3 +42,11 @@ class KnownGradients(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         ctx.weight.value = upstream.detach()
         return None, None, *(upstream * g for g in ctx.saved_tensors), *[None] * ctx.params
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Average `tensor` in place over the processes of a distributed training, and return it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor

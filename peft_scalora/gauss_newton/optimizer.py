@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from .batches import Batch, KnownGradients, Weight
+from .batches import Batch, KnownGradients, Weight, mean_over_ranks
+from .checks import check_decay, check_layers, check_precision, muon_names, take_trainable
 from .config import GaussNewtonConfig
 from .grouping import layers_of
 from .inner import adapt_damping, conjugate_gradient, inner_rate, make_inner_optimizers
@@ -64,47 +64,50 @@ class GaussNewton(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.config = config or GaussNewtonConfig()
-        self._params = _trainable(self.param_groups)
+        self._params = take_trainable(self.param_groups)
         self._delta = {name: torch.zeros_like(p) for name, p in self._params.items()}
         self.layers = layers_of(self._params) if layers is None else layers
-        self._check_precision()
-        self._check_layers()
-        self._check_decay()
-        muon = self._muon_names(muon)
+        check_precision(self._params)
+        check_layers(self.layers, self._params)
+        check_decay(self.param_groups, self.config)
+        muon = muon_names(muon, self._params, self.config)
         # Group by group, since learning rates differ; kept by index, since loading replaces the groups.
         self._inner = [self._inner_optimizers(group, muon) for group in self.param_groups]
         self._batches: list[Batch] = []  # of the step in progress
         self._alphas = step_sizes(self.config.line_search_points)
-        start = {"position": 0, "outer_steps": 0, "step_size": math.nan, "loss": math.nan}
-        start |= {"losses": [0.0] * len(self._alphas), "damping": self.config.damping, "predicted": 0.0}
-        start |= {"config": asdict(self.config)}
+        start = {
+            "position": 0,
+            "outer_steps": 0,
+            "step_size": math.nan,
+            "loss": math.nan,
+            "losses": [0.0] * len(self._alphas),
+            "damping": self.config.damping,
+            "predicted": 0.0,
+            "config": asdict(self.config),
+        }
         self.param_groups[0].setdefault("gauss_newton", start)
-
-    # What a loop may look at.
 
     @property
     def progress(self) -> dict:
-        """position within the outer step, outer_steps done, the last step_size and the loss it gave, damping."""
+        """Return position within the outer step, outer_steps done, the last step_size with its loss, and damping."""
         return self.param_groups[0]["gauss_newton"]
 
     @property
     def in_line_search(self) -> bool:
-        """Whether the next step compares step sizes; its loss has no gradient."""
+        """Tell whether the next step compares step sizes; its loss has no gradient."""
         return self.progress["position"] >= self.config.inner_steps
 
     @property
     def begins_outer_step(self) -> bool:
-        """Whether the next step is the first after a commit."""
+        """Tell whether the next step is the first after a commit."""
         return self.progress["position"] == 0
 
     def start_line_search(self) -> None:
         """End the inner loop early: the next steps choose the step size. For the last steps of a training."""
         self.progress["position"] = max(self.progress["position"], self.config.inner_steps)
 
-    # The loss of one micro-batch.
-
     def loss(self, forward: Forward, loss: Loss) -> Tensor:
-        """The scalar to call `backward` on: the linearized objective, or in a line search the loss at θ (no gradient).
+        """Return the scalar to call `backward` on: the linearized objective, or in a line search the loss at θ.
 
         Args:
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
@@ -112,7 +115,8 @@ class GaussNewton(torch.optim.Optimizer):
         """
         batch = Batch(forward, loss, Weight())
         if self.in_line_search:
-            batch.losses = self._losses_by_step_size(forward, loss)
+            with torch.no_grad():
+                batch.losses = torch.stack([self._loss_at(alpha, forward, loss) for alpha in self._alphas])
             value = batch.losses[self._alphas.index(0.0)]
             # Data-parallel training waits for every gradient.
             gradients = {name: torch.zeros_like(p) for name, p in self._params.items()}
@@ -136,27 +140,21 @@ class GaussNewton(torch.optim.Optimizer):
             gradients |= part
         return torch.stack(values).mean(), {name: gradients[name] for name in self._params}
 
-    @torch.no_grad()
-    def _losses_by_step_size(self, forward: Forward, loss: Loss) -> Tensor:
-        losses = []
-        for alpha in self._alphas:
-            params = self._params
-            if alpha:  # 0 · δ is not 0 where δ overflowed
-                params = {name: p.add(self._delta[name], alpha=alpha) for name, p in self._params.items()}
-            with self.unchanged_randomness():
-                losses.append(loss(forward(params)))
-        return torch.stack(losses)
+    def _loss_at(self, alpha: float, forward: Forward, loss: Loss) -> Tensor:
+        params = self._params
+        if alpha:  # 0 · δ is not 0 where δ overflowed
+            params = {name: p.add(self._delta[name], alpha=alpha) for name, p in self._params.items()}
+        with self.unchanged_randomness():
+            return loss(forward(params))
 
     def unchanged_randomness(self):
-        """Random numbers drawn inside are drawn again afterwards."""
+        """Make random numbers drawn inside be drawn again afterwards."""
         device = next(iter(self._params.values())).device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
-    # The step.
-
     @torch.no_grad()
     def step(self, closure=None):
-        """One inner step, or one step of the line search; the last of those commits.
+        """Take one inner step, or one step of the line search; the last of those commits.
 
         Raises:
             RuntimeError: `loss` was not called before. ValueError: a closure was given.
@@ -207,7 +205,7 @@ class GaussNewton(torch.optim.Optimizer):
                 for name in total:
                     total[name].add_(batch.weight.value * part[name])
             return {
-                name: _mean_over_ranks(t).add(vector[name], alpha=self.config.anchor_l2) for name, t in total.items()
+                name: mean_over_ranks(t).add(vector[name], alpha=self.config.anchor_l2) for name, t in total.items()
             }
 
         progress = self.progress
@@ -222,7 +220,7 @@ class GaussNewton(torch.optim.Optimizer):
         if not self._batches:
             raise RuntimeError("GaussNewton.step needs losses: call optimizer.loss(...).backward() before it.")
         progress = self.progress
-        losses = _mean_over_ranks(sum(batch.weight.value * batch.losses for batch in self._batches)).tolist()
+        losses = mean_over_ranks(sum(batch.weight.value * batch.losses for batch in self._batches)).tolist()
         progress["losses"] = [total + loss for total, loss in zip(progress["losses"], losses)]
         progress["position"] += 1
         self._batches.clear()
@@ -234,7 +232,8 @@ class GaussNewton(torch.optim.Optimizer):
 
         Where δ or the inner optimizers' state is not finite, the step is rejected and both start anew.
         """
-        progress, losses = self.progress, self.progress["losses"]
+        progress = self.progress
+        losses = progress["losses"]
         state = [tensor for state in self.state.values() for tensor in state.values()]  # δ and the inner optimizers'
         if not all(tensor.isfinite().all() for tensor in state):
             alpha = 0.0
@@ -250,11 +249,12 @@ class GaussNewton(torch.optim.Optimizer):
         if self.config.inner_optimizer == "cg":
             actual = (losses[-1] - losses[0]) / self.config.line_search_steps
             progress["damping"] = adapt_damping(progress["damping"], actual, progress["predicted"])
-        progress |= {"position": 0, "outer_steps": progress["outer_steps"] + 1, "step_size": alpha, "predicted": 0.0}
-        progress |= {"loss": losses[self._alphas.index(alpha)] / self.config.line_search_steps}
-        progress |= {"losses": [0.0] * len(losses)}
-
-    # State.
+        progress["position"] = 0
+        progress["outer_steps"] += 1
+        progress["step_size"] = alpha
+        progress["predicted"] = 0.0
+        progress["loss"] = losses[self._alphas.index(alpha)] / self.config.line_search_steps
+        progress["losses"] = [0.0] * len(losses)
 
     def _share_state(self) -> None:
         """Show δ and the inner optimizers' state, the very tensors, as this optimizer's state of the parameters."""
@@ -293,60 +293,8 @@ class GaussNewton(torch.optim.Optimizer):
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [optimizer for optimizers in self._inner for optimizer in optimizers]
 
-    # Checks.
-
     def _inner_optimizers(self, group: dict, muon: set[str]) -> list[torch.optim.Optimizer]:
         if self.config.inner_optimizer == "cg":
             return []
         delta = {name: self._delta[name] for name in group["param_names"]}
         return make_inner_optimizers(delta, muon, group["betas"], group["eps"])
-
-    def _check_precision(self) -> None:
-        for name, p in self._params.items():
-            if p.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"parameter {name!r} is {p.dtype}: Gauss-Newton trains in float32. Load the model with "
-                    "dtype=torch.float32, or keep half precision for frozen weights only."
-                )
-
-    def _check_layers(self) -> None:
-        if sorted(name for layer in self.layers for name in layer) != sorted(self._params):
-            raise ValueError(f"layers={self.layers!r}: have to hold every parameter once. See layers_of.")
-
-    def _check_decay(self) -> None:
-        decays = [group["weight_decay"] for group in self.param_groups if group["weight_decay"]]
-        if decays and self.config.inner_optimizer == "cg":
-            raise ValueError(
-                f"weight_decay={decays[0]!r}: inner_optimizer='cg' solves for the loss alone; pass weight_decay=0."
-            )
-
-    def _muon_names(self, muon: Collection[str] | None) -> set[str]:
-        if self.config.inner_optimizer != "muon":
-            return set()
-        if muon is None:
-            return {name for name, p in self._params.items() if p.ndim == 2}
-        wrong = [name for name in muon if name not in self._params or self._params[name].ndim != 2]
-        if wrong:
-            raise ValueError(f"muon={wrong!r}: not matrices among the parameters. Muon steps matrices only.")
-        return set(muon)
-
-
-def _trainable(groups: list[dict]) -> dict[str, nn.Parameter]:
-    """The parameters by name; the frozen ones leave their groups."""
-    if any("param_names" not in group for group in groups):
-        raise ValueError("GaussNewton needs named parameters: pass model.named_parameters(), or groups of such pairs.")
-    trainable = {}
-    for group in groups:
-        named = {name: p for name, p in zip(group["param_names"], group["params"]) if p.requires_grad}
-        group["param_names"], group["params"] = list(named), list(named.values())
-        trainable |= named
-    if not trainable:
-        raise ValueError("no parameter requires a gradient: unfreeze what GaussNewton is to train.")
-    return trainable
-
-
-def _mean_over_ranks(tensor: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor

@@ -1,4 +1,4 @@
-"""Adding an adapter's two low-rank products, trained s B A and accumulated u U V, to the output of the base layer.
+"""Add an adapter's two low-rank products, trained s B A and accumulated u U V, to the output of the base layer.
 
 Shape suffixes, with the factors as PEFT stores them: T tokens, M out_features, N in_features, R adapter rank,
 K accumulated columns. Any leading dimensions may stand for T.
@@ -14,8 +14,10 @@ from torch import Tensor
 def add_low_rank_reference(
     y_TM: Tensor, x_TN: Tensor, A_RN: Tensor, B_MR: Tensor, U_MK: Tensor, V_KN: Tensor, s: float, u: float
 ) -> Tensor:
-    """y + s B A x + u U V x by differentiable operations: what the functions below compute, and what is compiled and
-    traced."""
+    """Return y + s B A x + u U V x by differentiable operations, as the functions below do in fewer passes.
+
+    This form is compiled and traced.
+    """
     y_TM = y_TM + F.linear(F.linear(x_TN, A_RN) * s, B_MR)
     return y_TM + F.linear(F.linear(x_TN, V_KN.to(x_TN.dtype)) * u, U_MK.to(x_TN.dtype))
 
@@ -23,14 +25,15 @@ def add_low_rank_reference(
 def add_low_rank(
     y_TM: Tensor, x_TN: Tensor, A_RN: Tensor, B_MR: Tensor, U_MK: Tensor, V_KN: Tensor, s: float, u: float
 ) -> Tensor:
-    """y + s B A x + u U V x, with gradients for y, x, A and B but none for U and V.
+    """Return y + s B A x + u U V x, with gradients for y, x, A and B but none for U and V.
 
     x, A and B have one dtype, in which the products are taken; U and V are cast to it. The result has the dtype that y
     and the products promote to.
     """
     if torch.jit.is_tracing():
         return add_low_rank_reference(y_TM, x_TN, A_RN, B_MR, U_MK, V_KN, s, u)
-    return _LowRank.apply(y_TM, x_TN, None, None, A_RN, B_MR, U_MK, V_KN, s, u)[0]
+    out_TM, _ = _LowRank.apply(_rows(y_TM), _rows(x_TN), None, None, A_RN, B_MR, U_MK, V_KN, s, u)
+    return out_TM.view(y_TM.shape)
 
 
 def linear_plus_low_rank(
@@ -44,22 +47,31 @@ def linear_plus_low_rank(
     s: float,
     u: float,
 ) -> Tensor:
-    """W x + b + s B A x + u U V x for frozen W and b, all products added in place: nothing of the size of the output is
-    made twice, forward or backward. x, W, b, A and B have one dtype."""
+    """Return W x + b + s B A x + u U V x for frozen W and b, with gradients for x, A and B alone.
+
+    All products are added in place: nothing of the size of the output is made twice, forward or backward. x, W, b, A
+    and B have one dtype.
+    """
     if torch.jit.is_tracing():
         return add_low_rank_reference(F.linear(x_TN, W_MN, b_M), x_TN, A_RN, B_MR, U_MK, V_KN, s, u)
-    return _LowRank.apply(None, x_TN, W_MN, b_M, A_RN, B_MR, U_MK, V_KN, s, u)[0]
+    out_TM, _ = _LowRank.apply(None, _rows(x_TN), W_MN, b_M, A_RN, B_MR, U_MK, V_KN, s, u)
+    return out_TM.view(*x_TN.shape[:-1], len(W_MN))
 
 
-def _add_product(y_TM: Tensor, hidden_TR: Tensor, up_RM: Tensor, in_place: bool = True) -> Tensor:
-    """y + hidden up in one pass over y, the largest tensor here."""
+def _add_product(y_TM: Tensor, hidden_TR: Tensor, up_RM: Tensor, in_place: bool) -> Tensor:
+    """Return y + hidden up, in one pass over y, the largest tensor here."""
     if y_TM.dtype != hidden_TR.dtype:
         return y_TM + hidden_TR @ up_RM
     return y_TM.addmm_(hidden_TR, up_RM) if in_place else torch.addmm(y_TM, hidden_TR, up_RM)
 
 
+def _may_overwrite() -> bool:
+    """Tell whether intermediate results may be overwritten: under vmap only some of them have the batch dimension."""
+    return not torch._C._are_functorch_transforms_active()
+
+
 def _rows(x_TN: Tensor) -> Tensor:
-    """Leading dimensions, of which there may be none, as one."""
+    """Flatten the leading dimensions, of which there may be none, to one."""
     return x_TN.reshape(-1, x_TN.shape[-1])
 
 
@@ -68,23 +80,24 @@ def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """(y + s B A x + u U V x, s A x), with y = W x + b where it is not given.
+    """Compute (y + s B A x + u U V x, s A x), with y = W x + b where it is not given. All tensors are matrices.
 
-    The second is an output so that a gradient of the gradient, which needs it, is right.
+    The second is an output so that a gradient of the gradient, which needs it, is right. Neither output is a view:
+    autograd lets nobody overwrite a view that was made in here.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(y_TM, x_TN, W_MN, b_M, A_RN, B_MR, U_MK, V_KN, s, u):
-        rows_TN, given = _rows(x_TN), y_TM is not None
-        hidden_TR = _scaled(rows_TN @ A_RN.mT, s)
-        out_TM = _rows(y_TM) if given else F.linear(rows_TN, W_MN, b_M)
-        out_TM = _add_product(out_TM, hidden_TR, B_MR.mT, in_place=not given)
+        is_own = y_TM is None and _may_overwrite()
+        hidden_TR = _scaled(x_TN @ A_RN.mT, s)
+        out_TM = F.linear(x_TN, W_MN, b_M) if y_TM is None else y_TM
+        out_TM = _add_product(out_TM, hidden_TR, B_MR.mT, in_place=is_own)
         if U_MK.shape[1]:
-            hidden_TK = _scaled(rows_TN @ V_KN.to(x_TN.dtype).mT, u)
-            out_TM = _add_product(out_TM, hidden_TK, U_MK.to(x_TN.dtype).mT)
-        return out_TM.view(*x_TN.shape[:-1], len(B_MR)), hidden_TR
+            hidden_TK = _scaled(x_TN @ V_KN.to(x_TN.dtype).mT, u)
+            out_TM = _add_product(out_TM, hidden_TK, U_MK.to(x_TN.dtype).mT, in_place=_may_overwrite())
+        return out_TM, hidden_TR
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -100,18 +113,19 @@ class _LowRank(torch.autograd.Function):
         _, needs_x, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_x = grad_A = grad_B = None
         if grad_y_TM is None:  # only a gradient of a gradient gets here
-            grad_y_TM = x_TN.new_zeros(*x_TN.shape[:-1], B_MR.shape[0])
-        grad_TM, rows_TN = _rows(grad_y_TM.to(x_TN.dtype)), _rows(x_TN)
+            grad_y_TM = x_TN.new_zeros(len(x_TN), len(B_MR))
+        grad_TM = grad_y_TM.to(x_TN.dtype)
         if needs_x or needs_A:
             low_TR = grad_TM @ B_MR
             low_TR = _scaled(low_TR if grad_hidden_TR is None else low_TR + grad_hidden_TR, ctx.s)
         if needs_x:
-            grad_x = low_TR @ A_RN if W_MN is None else (grad_TM @ W_MN).addmm_(low_TR, A_RN)
+            may_overwrite = _may_overwrite()
+            grad_x = low_TR @ A_RN if W_MN is None else _add_product(grad_TM @ W_MN, low_TR, A_RN, may_overwrite)
             if U_MK.shape[1]:
-                grad_x = grad_x.addmm_(_scaled(grad_TM @ U_MK.to(x_TN.dtype), ctx.u), V_KN.to(x_TN.dtype))
-            grad_x = grad_x.view(x_TN.shape)
+                low_TK = _scaled(grad_TM @ U_MK.to(x_TN.dtype), ctx.u)
+                grad_x = _add_product(grad_x, low_TK, V_KN.to(x_TN.dtype), may_overwrite)
         if needs_A:
-            grad_A = low_TR.mT @ rows_TN
+            grad_A = low_TR.mT @ x_TN
         if needs_B:
             grad_B = grad_TM.mT @ hidden_TR
         grad_y_TM = None if ctx.y_dtype is None else grad_y_TM.to(ctx.y_dtype)
@@ -120,21 +134,20 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, dy_TM, dx_TN, dW_MN, db_M, dA_RN, dB_MR, dU_MK, dV_KN, *_):
         x_TN, W_MN, _, A_RN, B_MR, U_MK, V_KN, hidden_TR = ctx.saved_for_forward
-        rows_TN, dtype = _rows(x_TN), x_TN.dtype
+        dtype = x_TN.dtype
         dhidden_TR = torch.zeros_like(hidden_TR)
-        dout_TM = dhidden_TR.new_zeros(len(rows_TN), B_MR.shape[0])
+        dout_TM = dhidden_TR.new_zeros(len(x_TN), len(B_MR))
         if dx_TN is not None:
-            drows_TN = _rows(dx_TN)
-            dhidden_TR = dhidden_TR + drows_TN @ A_RN.mT * ctx.s
-            dout_TM = dout_TM + drows_TN @ V_KN.to(dtype).mT * ctx.u @ U_MK.to(dtype).mT
-            dout_TM = dout_TM if W_MN is None else dout_TM + drows_TN @ W_MN.mT
+            dhidden_TR = dhidden_TR + dx_TN @ A_RN.mT * ctx.s
+            dout_TM = dout_TM + dx_TN @ V_KN.to(dtype).mT * ctx.u @ U_MK.to(dtype).mT
+            dout_TM = dout_TM if W_MN is None else dout_TM + dx_TN @ W_MN.mT
         if dA_RN is not None:
-            dhidden_TR = dhidden_TR + rows_TN @ dA_RN.mT * ctx.s
+            dhidden_TR = dhidden_TR + x_TN @ dA_RN.mT * ctx.s
         if dB_MR is not None:
             dout_TM = dout_TM + hidden_TR @ dB_MR.mT
         if dW_MN is not None:
-            dout_TM = dout_TM + rows_TN @ dW_MN.mT
+            dout_TM = dout_TM + x_TN @ dW_MN.mT
         if db_M is not None:
             dout_TM = dout_TM + db_M
-        dout_TM = (dout_TM + dhidden_TR @ B_MR.mT).view(*x_TN.shape[:-1], len(B_MR))
+        dout_TM = dout_TM + dhidden_TR @ B_MR.mT
         return dout_TM if dy_TM is None else dout_TM + dy_TM, dhidden_TR

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
-from peft.tuners.lora.layer import LoraLayer, _ConvNd
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraLayer, _ConvNd
 from torch import Tensor, nn
 
 from .config import ScaLoRAConfig
@@ -237,6 +237,11 @@ def _is_plain(linear: nn.Module) -> bool:
     return not any(hooks) and "forward" not in linear.__dict__  # accelerate's offloading sets the latter
 
 
+def _is_for_peft(argument: str) -> bool:
+    """Tell whether PEFT's layers keep an argument of the forward pass to themselves."""
+    return argument == "adapter_names" or argument in VARIANT_KWARG_KEYS
+
+
 def _product_dtype(factor: Tensor) -> torch.dtype:
     device = factor.device.type
     autocast = torch.is_autocast_enabled(device) and factor.dtype != torch.float64
@@ -247,35 +252,49 @@ class _LinearMixin(ScaLoRALayer):
     """The forward pass of PEFT's lora.Linear with all products added in place (low_rank.py)."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
-        factors = [held[adapter] for adapter in adapters for held in (self.lora_A, self.lora_B)]
-        fusible = not self.lora_variant and all(_is_plain(factor) and factor.bias is None for factor in factors)
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or not fusible:
+        fusible = self._fusible(x, args, kwargs)
+        if fusible is None:
             return super().forward(x, *args, **kwargs)
-        for name in ("adapter_names", "alora_offsets"):  # PEFT's own, not the base layer's
-            kwargs.pop(name, None)
-        if adapters and not (args or kwargs) and self._is_base_fusible(x, adapters[0]):
-            result, adapters = self._add_products(adapters[0], x, None), adapters[1:]
+        adapters = self._adapters_here()
+        if fusible == "all":
+            first, *adapters = adapters
+            result = self._add_products(first, x, None)
         else:
+            kwargs = {name: value for name, value in kwargs.items() if not _is_for_peft(name)}
             result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
             result = self._add_products(adapter, x, result)
         return result.to(dtype)
 
+    def _adapters_here(self) -> list[str]:
+        return [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+
+    def _fusible(self, x: Tensor, args: tuple, kwargs: dict) -> str | None:
+        """Say which products can be added in place: "all", those of the "adapters" to the base layer's output, or none.
+
+        "all" takes a frozen matrix as base layer, which sees the same input as the first adapter.
+        """
+        if self.disable_adapters or self.merged or self.lora_variant or kwargs.get("adapter_names") is not None:
+            return None
+        adapters, base = self._adapters_here(), self.base_layer
+        factors = [held[adapter] for adapter in adapters for held in (self.lora_A, self.lora_B)]
+        if not all(_is_plain(factor) and factor.bias is None for factor in factors):
+            return None
+        is_called_with_more = args or not all(map(_is_for_peft, kwargs))
+        if is_called_with_more or not adapters or not _is_plain(base) or torch.compiler.is_compiling():
+            return "adapters"
+        dtype = _product_dtype(factors[0].weight)
+        is_frozen = all(p.dtype == dtype and not p.requires_grad for p in base.parameters())
+        same_input = x.dtype.is_floating_point and not self._is_dropping(adapters[0])
+        return "all" if is_frozen and same_input else "adapters"
+
     def _is_dropping(self, adapter: str) -> bool:
         dropout = self.lora_dropout[adapter]
         return dropout.training and not isinstance(dropout, nn.Identity)
 
-    def _is_base_fusible(self, x: Tensor, adapter: str) -> bool:
-        """Whether the base layer is a frozen matrix that sees the same input as the adapter."""
-        if torch.compiler.is_compiling() or not _is_plain(self.base_layer) or self._is_dropping(adapter):
-            return False
-        dtype, base = _product_dtype(self.lora_A[adapter].weight), self.base_layer.parameters()
-        return x.dtype.is_floating_point and all(p.dtype == dtype and not p.requires_grad for p in base)
-
     def _add_products(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
-        """result + s B A x + U V x; without a result, that of the base layer."""
+        """Return result + s B A x + U V x; without a result, that of the base layer."""
         lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         dtype = _product_dtype(lora_A)
         x = self._cast_input_dtype(x, lora_A.dtype).to(dtype)

@@ -25,6 +25,7 @@ from helpers_models import (
     train,
 )
 from peft import get_peft_model
+from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from torch.func import functional_call, jvp
 
@@ -257,6 +258,19 @@ def test_no_adapter_names_is_the_active_adapter(name):
     _, model = KINDS[name].filled()
     x, layer = KINDS[name].inputs(), next(iter(scalora_layers(model).values()))
     assert torch.equal(layer(x, adapter_names=None), layer(x))
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv1D", "Embedding", "Conv2d"])
+def test_arguments_that_peft_keeps_for_itself_do_not_reach_the_base_layer(name):
+    """PEFT's list of them grows: here by one more."""
+    _, model = KINDS[name].filled()
+    x, layer = KINDS[name].inputs(), next(iter(scalora_layers(model).values()))
+    expected = layer(x)
+    peft_layer.VARIANT_KWARG_KEYS.append("offsets_of_tomorrow")
+    try:
+        assert torch.equal(layer(x, **dict.fromkeys(peft_layer.VARIANT_KWARG_KEYS)), expected)
+    finally:
+        peft_layer.VARIANT_KWARG_KEYS.remove("offsets_of_tomorrow")
 
 
 @pytest.mark.parametrize("shape", [(14,), (0, 14), (1, 14), (2, 0, 14), (2, 3, 14), (2, 1, 3, 14)])

@@ -127,7 +127,9 @@ def func_vmap_over_one_factor(layer, x):
 
 
 def func_jvp(layer, x):
-    return jvp(layer.with_factors, (layer.factors(), x), ({"A": layer.A.detach() * 2, "B": layer.B.detach() - 1}, x + 1))
+    return jvp(
+        layer.with_factors, (layer.factors(), x), ({"A": layer.A.detach() * 2, "B": layer.B.detach() - 1}, x + 1)
+    )
 
 
 def func_jvp_then_in_place(layer, x):

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers_models import distance, tiny_bert, tiny_llama, tokens
+from helpers_models import KINDS, distance, tiny_bert, tiny_llama, tokens
+from peft import get_peft_model_state_dict
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -166,6 +167,21 @@ def test_pruned_weights_are_the_smallest_and_counted_as_saved(tmp_path):
         assert gone.sum() == round(0.7 * gone.size)
         assert np.abs(was[gone]).max() <= np.abs(was[~gone]).min()
         assert np.array_equal(saved[name][~gone], was[~gone])
+
+
+# counting
+
+
+def test_parameters_are_the_base_the_factors_and_the_accumulator():
+    base, model = KINDS["Linear"].filled(r=2, accumulator_rank=6)
+    adapter = [t for name, t in get_peft_model_state_dict(model).items() if re.search(r"lora_[ABUV]\b", name)]
+    sizes = [(18, 14), (10, 18)]  # of the adapted layers
+    assert sum(t.numel() for t in adapter) == sum((2 + 6) * (m + n) for m, n in sizes)
+    weights = [t.detach().numpy() for t in (*base.parameters(), *adapter)]
+    assert count(model) == {
+        "parameters": sum(w.size for w in weights),
+        "nonzeros": sum(np.count_nonzero(w) for w in weights),
+    }
 
 
 # distillation

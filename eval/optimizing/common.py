@@ -18,6 +18,7 @@ from eval import glue
 from eval.baselines.mora import HEADS
 from eval.harness.record import clock
 from eval.harness.training import DTYPES, Training, train
+from peft_scalora.layer import ScaLoRALayer
 from peft_scalora.quantized import dequantized
 
 from . import shrink
@@ -159,8 +160,9 @@ def count(model: nn.Module) -> dict[str, int]:
 
 def _values(module: nn.Module, seen: set) -> list[Tensor]:
     own = dict(module.named_parameters(recurse=False))
-    if type(module).__name__ == "BufferDict":  # what ScaLoRA has accumulated
-        own |= dict(module.named_buffers(recurse=False))
+    if isinstance(module, ScaLoRALayer):
+        own |= {f"U {adapter}": module.scalora_U[adapter] for adapter in module.scalora_U}
+        own |= {f"V {adapter}": module.scalora_V[adapter] for adapter in module.scalora_V}
     fresh = {name: p for name, p in own.items() if id(p) not in seen}
     seen |= {id(p) for p in fresh.values()}
     quantized = _quantized_values(module) if "weight" in fresh else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 from transformers import TrainerCallback
 
@@ -11,7 +12,6 @@ from .rank import effective_rank
 from .rescaling.engine import RescaleReport, last_report
 
 PLOT_NAME = "scalora_rank.png"
-RULES = ("column", "scalar", "exact", "skipped")
 MAX_PENDING = 16  # reports whose tensors are kept until figures are wanted
 
 
@@ -19,9 +19,10 @@ class ScaLoRACallback(TrainerCallback):
     """Logs rank and rescaling figures at every `logging_steps`, and plots them when training ends.
 
     Figures, under the prefix "scalora/": effective_rank (mean over layers, of the whole weight change), the shares of
-    layers scaled by `column`, `scalar` and `exact` and of those `skipped`, median_log_alpha, fold_error and discarded
-    (Frobenius norm discarded since training began). They go to the console and to trainer_state.json; with the trainer
-    they also go to every integration of `report_to`, which Trainer keeps out of a callback's reach:
+    layers by how they were scaled (the labels of `RescaleReport.counts`: `column`, `scalar`, `exact`, `skipped`),
+    median_log_alpha, fold_error and discarded (Frobenius norm discarded since training began). They go to the console
+    and to trainer_state.json; with the trainer they also go to every integration of `report_to`, which Trainer keeps
+    out of a callback's reach:
 
         trainer = Trainer(...)
         trainer.add_callback(ScaLoRACallback(trainer))
@@ -42,6 +43,7 @@ class ScaLoRACallback(TrainerCallback):
         self._seen: RescaleReport | None = None
         self._pending: list[RescaleReport] = []
         self._discarded = 0.0
+        self._counts: Counter[str] = Counter()
         self._begin()
         self._history: dict[str, list[tuple[int, float]]] = {}
 
@@ -79,7 +81,7 @@ class ScaLoRACallback(TrainerCallback):
         figures = {"scalora/effective_rank": sum(ranks) / len(ranks)}
         self._read_pending()
         if self._layers:
-            figures |= {f"scalora/{rule}": self._scaled[rule] / self._layers for rule in RULES}
+            figures |= {f"scalora/{label}": count / self._layers for label, count in self._counts.items()}
             figures["scalora/median_log_alpha"] = self._seen.median_log_alpha
             figures["scalora/fold_error"] = self._fold_error
             figures["scalora/discarded"] = self._discarded
@@ -90,14 +92,15 @@ class ScaLoRACallback(TrainerCallback):
 
     def _begin(self) -> None:
         """Figures of the rescalings since the last log."""
-        self._layers, self._scaled, self._fold_error = 0, dict.fromkeys(RULES, 0), 0.0
+        self._layers = 0
+        self._counts = Counter(dict.fromkeys(self._counts, 0))
+        self._fold_error = 0.0
 
     def _read_pending(self) -> None:
         """Add the reports to the figures, which waits for the device, and let go of their tensors."""
         for report in self._pending:
             self._layers += report.layers
-            for rule in RULES:
-                self._scaled[rule] += getattr(report, rule)
+            self._counts.update(report.counts)
             self._fold_error = max(self._fold_error, report.fold_error)
             self._discarded += report.discarded
         self._pending.clear()
@@ -110,5 +113,5 @@ class ScaLoRACallback(TrainerCallback):
         return [
             ("Rank of the weight change", "effective rank, mean over layers", series("effective_rank")),
             ("Discarded by recompression", "Frobenius norm, summed", series("discarded")),
-            ("How layers were scaled", "share of layers", series(*RULES)),
+            ("How layers were scaled", "share of layers", series(*self._counts)),
         ]

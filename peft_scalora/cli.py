@@ -7,6 +7,8 @@ import json
 import sys
 from dataclasses import MISSING, fields
 
+from .maths.scaling import SCALINGS
+
 _HELP = {
     "model": "a local folder or an id on the hub",
     "data": "a JSONL, JSON, CSV or Parquet file (also .gz), or a dataset on the hub: name or name:config",
@@ -20,7 +22,7 @@ _HELP = {
     "prompt_field": "field of the prompt, which is not trained on; to an instruction its field input is added",
     "completion_field": "field of the completion",
     "target_modules": "modules to adapt, comma-separated, or all-linear",
-    "scaling": "column, scalar or exact",
+    "scaling": f"one of {', '.join(SCALINGS)}",
     "scaling_interval": "optimizer steps from one rescaling to the next",
     "smoothness": "smoothness constant L, or auto",
     "accumulator_rank": "rank R of the accumulated change; 8 r unless given",

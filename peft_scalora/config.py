@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from .files import fingerprint
 from .files.card import write_note
 from .files.checks import WEIGHTS_NAME, accumulator_rank, check_folder
+from .maths.scaling import SCALINGS
 
 
 class ScaLoRAPeftType(str, enum.Enum):
@@ -23,7 +25,6 @@ class ScaLoRAPeftType(str, enum.Enum):
     SCALORA = "SCALORA"
 
 
-SCALINGS = ("column", "scalar", "exact")
 ACCUMULATORS = ("factored", "dense")
 
 # LoraConfig fields whose feature contradicts the method, with the reason shown to the user.
@@ -52,8 +53,9 @@ class ScaLoRAConfig(LoraConfig):
     Takes every field of `peft.LoraConfig` except those that change the base weights or the meaning of the factors.
 
     Args:
-        scaling: how the columns are scaled: "column" (Theorem 5, and Theorem 3 where Theorem 5 has no non-negative
-            solution), "scalar" (Theorem 3) or "exact" (the non-negative problem that both are special cases of).
+        scaling: how the columns are scaled, a name in `peft_scalora.maths.scaling.SCALINGS`: "column" (Theorem 5, and
+            Theorem 3 where Theorem 5 has no non-negative solution), "scalar" (Theorem 3) or "exact" (the non-negative
+            problem that both are special cases of).
         scaling_interval: optimizer steps from one rescaling to the next, I. 1 is ScaLoRA, more is ScaLoRA-I.
         smoothness: the smoothness constant L of the loss, or "auto": such that the columns keep the mean squared norm
             of the freshly initialised factor.
@@ -67,8 +69,9 @@ class ScaLoRAConfig(LoraConfig):
         ValueError: a field has a value outside its range, or the feature it asks for is not supported.
     """
 
-    scaling: Literal["column", "scalar", "exact"] = field(
-        default="column", metadata={"help": "How columns are scaled: 'column', 'scalar' or 'exact'."}
+    # Read from the rules when a command line's options are made of these fields.
+    scaling: Literal[tuple(SCALINGS)] = field(  # type: ignore[valid-type]
+        default="column", metadata={"help": f"How columns are scaled, one of {', '.join(map(repr, SCALINGS))}."}
     )
     scaling_interval: int = field(
         default=10, metadata={"help": "Optimizer steps from one rescaling to the next; 1 rescales every step."}
@@ -163,8 +166,8 @@ class ScaLoRAConfig(LoraConfig):
         write_note(save_directory, self)
 
 
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_choice(name: str, value, choices: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 

@@ -3,7 +3,7 @@
 import torch
 from helpers import PROBLEMS, problem, stack
 
-from peft_scalora.maths.scaling import column_scales, gram_matrices, normal_system, solve
+from peft_scalora.maths.scaling import SCALINGS, Problem, column_scales, gram_matrices, normal_system
 
 # (r, m, n): r = 1, ordinary, r = min(m, n), r > min(m, n)
 SHAPES = [(1, 5, 4), (3, 7, 6), (4, 4, 9), (6, 4, 3)]
@@ -28,6 +28,17 @@ def scales_of(problems, how, target2=TARGET2, s=S):
     return column_scales(*grams(*stack(problems, s)), target2_L, target2_L, how)
 
 
+def tensors_of(scales):
+    """Every tensor of `Scales` by name."""
+    tensors = scales._asdict()
+    return tensors | tensors.pop("scaled_by")
+
+
 def solve_all(problems, how):
-    u, determined, by_column = solve(*normal_system(*grams(*stack(problems))), how)
-    return u.numpy(), determined.numpy(), by_column.numpy()
+    """u of a rule, its determined entries, and the layers that Theorem 5 scaled: for a target of 1, α² is u."""
+    H, lam = normal_system(*grams(*stack(problems)))
+    one = torch.ones_like(lam)
+    u, scaled_by = SCALINGS[how].rule(Problem(H, lam, norm2_L2r=one, target2_L2r=one))
+    determined = H.diagonal(dim1=-2, dim2=-1) > 0
+    by_column = scaled_by.get("column", torch.zeros_like(determined[:, 0]))
+    return torch.where(determined, u, 0).numpy(), determined.numpy(), by_column.numpy()

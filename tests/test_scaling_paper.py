@@ -99,13 +99,13 @@ def test_column_scales_agree_with_the_paper(how, shape, monkeypatch):
         # Undetermined columns keep their scale in both, but Theorem 3 speaks for all columns of a factor.
         undetermined = np.diag(H[k]) == 0
         expected = np.where(undetermined, 1.0, np.concatenate([alpha, beta]))
-        got = torch.cat([scales.alpha_LR[k], scales.beta_LR[k]]).numpy()
+        got = torch.cat([scales.alpha_Lr[k], scales.beta_Lr[k]]).numpy()
         # Squares, as the bound determines α²: a true 0 that rounding moves to 1e-16 has a scale of 1e-8.
         weight = np.where(undetermined, 1.0, np.diag(H[k])) ** 0.5
         np.testing.assert_allclose(
             got**2 * weight, expected**2 * weight, rtol=1e-6, atol=1e-6 * (expected**2 * weight).max(), err_msg=names[k]
         )
-        assert scales.by_column_L[k] == (used == "column"), names[k]
+        assert [label for label, mask_L in scales.scaled_by.items() if mask_L[k]] == [used], names[k]
         assert not scales.skipped_L[k], names[k]
 
 
@@ -166,8 +166,8 @@ def test_orthogonal_columns_are_brought_to_the_norm_that_L_sets():
     rng = np.random.default_rng(0)
     B = np.linalg.qr(rng.standard_normal((8, 3)))[0] * [0.1, 2.0, 30.0]
     scales = scales_of([(np.zeros((5, 3)), B, rng.standard_normal((5, 8)))], "column")
-    np.testing.assert_allclose(scales.beta_LR[0] * np.linalg.norm(B, axis=0), math.sqrt(TARGET2), rtol=1e-9)
-    np.testing.assert_array_equal(scales.alpha_LR[0], 1)
+    np.testing.assert_allclose(scales.beta_Lr[0] * np.linalg.norm(B, axis=0), math.sqrt(TARGET2), rtol=1e-9)
+    np.testing.assert_array_equal(scales.alpha_Lr[0], 1)
 
 
 def random_nnls_problem(rng, r, m, n):

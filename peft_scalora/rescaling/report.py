@@ -1,13 +1,14 @@
-"""What one rescaling did, kept as tensors on the device until somebody reads a figure."""
+"""Report one rescaling, kept as tensors on the device until somebody reads a figure."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..maths.scaling import Scales
+from ..maths.scaling import SCALINGS, Scales
 
 
 @dataclass(frozen=True)
@@ -32,48 +33,50 @@ class FoldGrams:
 
 @dataclass(repr=False)
 class RescaleReport:
-    """What a rescaling did. Reading a figure waits for the device; keeping the report does not.
+    """The scales, folds and discarded norms of one rescaling.
+
+    Reading a figure waits for the device; keeping the report does not.
 
     Attributes:
         layers: layers that were due.
-        column, scalar, exact, skipped: how many of them were scaled by Theorem 5, by Theorem 3, by the non-negative
-            problem, or not at all (no gradient, a zero one, or one that is not finite).
+        counts: how many of them were scaled how, by the labels of the rules in `SCALINGS`, and how many were "skipped":
+            layers without a gradient, with a zero one, or with one that is not finite.
+        column, scalar, exact, skipped: the counts of these labels. Theorem 5, Theorem 3 and the non-negative problem.
         median_log_alpha: median of |log α| over all columns of the layers that were scaled.
-        fold_error: largest ‖s A Bᵀ - s Ã B̃ᵀ - fold‖_F / ‖s A Bᵀ‖_F of a layer: what rounding did to its function.
-        discarded: Frobenius norm, over all layers, of what recompression to rank R left out.
+        fold_error: largest ‖s A Bᵀ - s Ã B̃ᵀ - fold‖_F / ‖s A Bᵀ‖_F of a layer: the error of its function by rounding.
+        discarded: Frobenius norm, over all layers, of what recompressions left out.
     """
 
     without_gradient: int = 0
-    scales: list[tuple[str, Scales]] = field(default_factory=list)
+    scales: list[Scales] = field(default_factory=list)
     folds: list[FoldGrams] = field(default_factory=list)
     discarded_norms: list[Tensor] = field(default_factory=list)
 
-    def _count(self, name: str) -> int:
-        """Layers scaled by the rule `name`."""
-        total = 0
-        for scaling, scales in self.scales:
-            by_rule = ~scales.skipped_L
-            if scaling != "exact":
-                by_rule = by_rule & (scales.by_column_L if name == "column" else ~scales.by_column_L)
-            total += int(by_rule.sum()) if (scaling == "exact") == (name == "exact") else 0
-        return total
-
-    layers = property(lambda self: self.without_gradient + sum(len(s.skipped_L) for _, s in self.scales))
-    column = property(lambda self: self._count("column"))
-    scalar = property(lambda self: self._count("scalar"))
-    exact = property(lambda self: self._count("exact"))
-    skipped = property(lambda self: self.without_gradient + sum(int(s.skipped_L.sum()) for _, s in self.scales))
+    layers = property(lambda self: self.without_gradient + sum(len(s.skipped_L) for s in self.scales))
+    column = property(lambda self: self.counts["column"])
+    scalar = property(lambda self: self.counts["scalar"])
+    exact = property(lambda self: self.counts["exact"])
+    skipped = property(lambda self: self.counts["skipped"])
     fold_error = property(lambda self: max((fold.error() for fold in self.folds), default=0.0))
     discarded = property(lambda self: sum(float(d.square().sum()) for d in self.discarded_norms) ** 0.5)
 
     @property
+    def counts(self) -> Counter[str]:
+        """Count layers by the label of how they were scaled."""
+        counts = Counter(dict.fromkeys(SCALINGS, 0), skipped=self.without_gradient)
+        for scales in self.scales:
+            counts["skipped"] += int(scales.skipped_L.sum())
+            for label, mask_L in scales.scaled_by.items():
+                counts[label] += int(mask_L.sum())
+        return counts
+
+    @property
     def median_log_alpha(self) -> float:
-        logs = [s.alpha_LR[~s.skipped_L].log().abs().flatten().cpu() for _, s in self.scales]
+        logs = [s.alpha_Lr[~s.skipped_L].log().abs().flatten().cpu() for s in self.scales]
         logs = torch.cat(logs) if logs else torch.zeros(0)
         return float(logs.quantile(0.5)) if len(logs) else 0.0
 
     def __repr__(self) -> str:
-        names = ("layers", "column", "scalar", "exact", "skipped")
-        counts = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        counts = ", ".join(f"{label}={count}" for label, count in self.counts.items())
         errors = f"fold_error={self.fold_error:.2g}, discarded={self.discarded:.2g}"
-        return f"RescaleReport({counts}, median_log_alpha={self.median_log_alpha:.3g}, {errors})"
+        return f"RescaleReport(layers={self.layers}, {counts}, median_log_alpha={self.median_log_alpha:.3g}, {errors})"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layer import ScaLoRALayer
 from ..maths.accumulator import fold_factors, rounded_fold_factors, truncation
-from ..maths.scaling import column_scales, gram_matrices
+from ..maths.scaling import SCALINGS, column_scales, gram_matrices
 from .moments import OptimizerState, carried_scales, carry
 from .report import FoldGrams, RescaleReport
 
@@ -193,12 +193,15 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _target_norms(targets: list[Target], norms: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
-    """1 / (L η s²) for α and for β, of each layer."""
-    norms_L2 = torch.stack([t.layer.scalora_norms[t.adapter] for t in targets])
-    if norms is None:
-        return norms_L2[:, 0], norms_L2[:, 0]
-    return torch.full_like(norms_L2[:, 0], norms[0]), torch.full_like(norms_L2[:, 0], norms[1])
+def _target_norms(
+    targets: list[Target], norms: tuple[float, float] | None, default: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return 1 / (L η s²) for α and for β, of each layer: `norms`, else the rule's default, else the initial norm."""
+    initial_L = torch.stack([t.layer.scalora_norms[t.adapter] for t in targets])[:, 0]
+    if norms is None and default is None:
+        return initial_L, initial_L
+    alpha, beta = norms or (default, default)
+    return torch.full_like(initial_L, alpha), torch.full_like(initial_L, beta)
 
 
 def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleReport) -> None:
@@ -210,11 +213,13 @@ def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleRe
         by_system[key].append(group)
     for (_, scaling, norms, _, powers_B, powers_A), batch in by_system.items():
         grams = zip(*(gram_matrices(group.S_A_LMK, group.S_B_LKN) for group in batch))
-        targets_norms = _target_norms([target for group in batch for target in group.targets], norms)
+        targets_norms = _target_norms(
+            [target for group in batch for target in group.targets], norms, SCALINGS[scaling].target2
+        )
         scales = column_scales(*map(_cat, grams), *targets_norms, scaling)
-        report.scales.append((scaling, scales))
+        report.scales.append(scales)
         # Rounded once here, so that the fold and the factors use the same scales.
-        alpha_LR, beta_LR = scales.alpha_LR.float(), scales.beta_LR.float()
+        alpha_LR, beta_LR = scales.alpha_Lr.float(), scales.beta_Lr.float()
         by_layer = alpha_LR, beta_LR, 1 - alpha_LR * beta_LR, scales.skipped_L
         carried = carried_scales(powers_B, alpha_LR, beta_LR), carried_scales(powers_A, beta_LR, alpha_LR)
         sizes = [len(group.targets) for group in batch]

@@ -3,29 +3,50 @@ PYTHON ?= python3
 # Threads that wait by spinning cost more than they give on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test bench lint clean
+PIP = -m pip install --quiet --constraint constraints.txt
+TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2
+
+.PHONY: quickstart test test-fast lint types docs bench clean
 
 quickstart: .venv/quickstart/installed
 	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
 
 test: .venv/test/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 $(ARGS)
+	$(TEST) $(ARGS)
+
+test-fast: .venv/test/installed
+	$(TEST) -m "not slow" $(ARGS)
+
+lint: .venv/tools/installed
+	.venv/tools/bin/ruff check .
+	.venv/tools/bin/ruff format --check .
+	.venv/tools/bin/codespell README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests
+
+# Of the rooms whose annotations are complete; torch's own types come from the test environment.
+types: .venv/tools/installed .venv/test/installed
+	.venv/tools/bin/mypy --python-executable .venv/test/bin/python peft_scalora/maths peft_scalora/rescaling peft_scalora/files
+
+docs: .venv/tools/installed
+	NO_MKDOCS_2_WARNING=1 .venv/tools/bin/mkdocs build --quiet --strict
 
 bench: .venv/quickstart/installed
 	.venv/quickstart/bin/python -m eval.overhead --output results/overhead
 	.venv/quickstart/bin/python -m eval.studies.overhead_sweep --output results/overhead
 
-lint: .venv/dev/installed
-	.venv/dev/bin/ruff check . && .venv/dev/bin/ruff format --check .
-
 # The oracle of the Gauss-Newton tests. Its torchvision is not used, and one that does not fit torch breaks transformers.
 ORACLE = curvlinops-for-pytorch backpack-for-pytorch
 
+# Linters and the documentation read the package, and need not install it.
+.venv/tools/installed: constraints.txt
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python $(PIP) codespell mypy ruff mkdocs mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
 .venv/%/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv/$*
-	.venv/$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
-	$(if $(filter test,$*),.venv/$*/bin/python -m pip install --quiet --constraint constraints.txt --no-deps $(ORACLE))
+	.venv/$*/bin/python $(PIP) --editable '.[$*]'
+	$(if $(filter test,$*),.venv/$*/bin/python $(PIP) --no-deps $(ORACLE))
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -17,6 +17,7 @@ from .files import fingerprint
 from .files.card import write_note
 from .files.checks import WEIGHTS_NAME, accumulator_rank, check_folder
 from .maths.scaling import SCALINGS
+from .version import install_command
 
 
 class ScaLoRAPeftType(str, enum.Enum):
@@ -89,7 +90,7 @@ class ScaLoRAConfig(LoraConfig):
         default=None, metadata={"help": "What tells the base model from others; recorded when the adapter is saved."}
     )
     requires: str = field(
-        default="peft-scalora: pip install peft-scalora, then `import peft_scalora` before loading",
+        default=f"peft-scalora: {install_command()}, then `import peft_scalora` before loading",
         metadata={"help": "What a reader of adapter_config.json needs to load the adapter; informative."},
     )
 

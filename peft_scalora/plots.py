@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from .files.atomic import replacing
+from .version import install_command
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x, y)
 
@@ -19,7 +20,7 @@ def require_matplotlib():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'peft-scalora[plots]', or switch plots off.") from error
+        raise ImportError(f"Plots need matplotlib: {install_command('plots')}, or switch plots off.") from error
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot
 

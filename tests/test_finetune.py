@@ -15,6 +15,7 @@ from peft_scalora.cli import main
 from peft_scalora.files.atomic import replace_file, replacing
 from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
 from peft_scalora.finetuning.run import FinetuneSettings, NonFiniteLoss, classification_metrics, finetune
+from peft_scalora.version import install_command
 
 
 def settings(tmp_path, task="classification", **overrides):
@@ -44,7 +45,7 @@ def test_a_run_writes_adapter_metrics_plots_and_card(tmp_path, task):
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.json", "loss.png"} <= files
     assert "scalora_rank.png" in files
     assert isinstance(PeftConfig.from_pretrained(tmp_path / "run"), ScaLoRAConfig)
-    assert "pip install peft-scalora" in (tmp_path / "run" / "README.md").read_text()
+    assert install_command() in (tmp_path / "run" / "README.md").read_text()
     saved = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert saved["steps"] == metrics["steps"] == 12 and np.isfinite(saved["eval_loss"])
     assert saved["settings"]["learning_rate"] == 1e-2 and saved["effective_rank"] > 0

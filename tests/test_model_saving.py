@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.files import fingerprint
+from peft_scalora.version import install_command
 
 # Saving and loading.
 
@@ -242,11 +243,11 @@ def test_model_card_and_configuration_tell_how_to_load(tmp_path):
     save(model, tmp_path)
     for folder in (tmp_path, tmp_path / "other"):
         card = (folder / "README.md").read_text()
-        assert card.count("pip install peft-scalora") == 1
+        assert card.count(install_command()) == 1
         assert "import peft_scalora" in card
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "SCALORA"
-        assert "pip install peft-scalora" in config["requires"]
+        assert install_command() in config["requires"]
         assert type(PeftConfig.from_pretrained(folder)) is ScaLoRAConfig
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n"), "the metadata block has to stay at the top"
@@ -261,7 +262,7 @@ def test_card_above_an_adapter_of_another_name_says_how_to_load(tmp_path):
     for _ in range(2):
         save(model, tmp_path / "run")
         card = (tmp_path / "run" / "README.md").read_text()
-        assert card.count("pip install peft-scalora") == card.count("library_name: peft") == 1
+        assert card.count(install_command()) == card.count("library_name: peft") == 1
         assert "import peft_scalora" in (tmp_path / "run" / "mine" / "README.md").read_text()
     assert (tmp_path / "README.md").read_text() == "# A folder of mine\n"
 

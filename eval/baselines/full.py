@@ -26,9 +26,7 @@ def galore(model, settings, batches) -> Prepared:
     try:
         from galore_torch.galore_projector import GaLoreProjector
     except ImportError as error:
-        raise ImportError(
-            "method='galore' needs galore-torch and bitsandbytes: pip install 'peft-scalora[benchmark]'."
-        ) from error
+        raise ImportError("method='galore' needs galore-torch and bitsandbytes: pip install '.[benchmark]'.") from error
     torch.serialization.add_safe_globals([GaLoreProjector])  # its optimizer keeps one per weight in its state
     gap = min(LONGEST_GAP, max(SHORTEST_GAP, settings.steps // 10))
     prepared = full(model, settings, batches)

@@ -20,7 +20,7 @@ STUDY = "full fine-tuning"
 
 
 def misfit(row: Row, base: nn.Module) -> str | None:
-    return None if find_spec("optuna") else "optuna is not installed: pip install 'peft-scalora[hpo]'"
+    return None if find_spec("optuna") else "optuna is not installed: pip install '.[hpo]'"
 
 
 def build(row: Row, context: Context, folder: str) -> nn.Module:

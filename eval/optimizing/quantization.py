@@ -47,7 +47,7 @@ def misfit(row: Row, base: nn.Module) -> str | None:
     kind = row.options["kind"]
     package = {"bnb": "bitsandbytes", "torchao": "torchao", "int4": "torchao"}.get(kind)
     if package and find_spec(package) is None:
-        return f"{package} is not installed: pip install 'peft-scalora[quantization]'"
+        return f"{package} is not installed: pip install '.[quantization]'"
     if kind != "bfloat16" and shrink.needs_own_loading(base.config):
         return "transformers cannot load a model with heads taken out, and quantizes while it loads"
     linears = [base.get_submodule(name) for name in inner_linears(base)]

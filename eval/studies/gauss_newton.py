@@ -123,7 +123,7 @@ def baseline_optimizers(model: nn.Module, method: str, lr: float) -> list[torch.
         try:
             from pytorch_optimizer import SOAP
         except ImportError as error:
-            raise ImportError("SOAP needs pytorch-optimizer: pip install 'peft-scalora[benchmark]'.") from error
+            raise ImportError("SOAP needs pytorch-optimizer: pip install '.[benchmark]'.") from error
         return [SOAP(model.parameters(), lr=lr, betas=(0.95, 0.95), weight_decay=0.0, precondition_frequency=1)]
     names = matrix_names(model) if method == "muon" else set()
     matrices = [p for n, p in model.named_parameters() if n in names]

@@ -6,6 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from ..version import install_command
 from . import fingerprint
 from .atomic import replace_file
 from .checkpoints import last_complete_checkpoint
@@ -22,10 +23,10 @@ _END = "`peft-scalora export path/to/this/folder path/to/plain_lora`."
 _NOTE = """{heading}
 
 Trained with ScaLoRA (r={config.r}, scaling={config.scaling!r}, rescaled every {config.scaling_interval} steps): the
-weight change has a rank far above r. Install the package peft-scalora, then import it before loading:
+weight change has a rank far above r. Install peft-scalora, then import it before loading:
 
 ```python
-# pip install peft-scalora
+# {install}
 import peft_scalora
 from peft import PeftModel
 
@@ -51,7 +52,7 @@ def write_note(folder: str, config: LoraConfig) -> None:
         *facts_of(config),
         ("results", format_results(results_of(folder))),
     )
-    note = _NOTE.format(heading=_HEADING, end=_END, config=config, facts=facts)
+    note = _NOTE.format(heading=_HEADING, end=_END, config=config, facts=facts, install=install_command())
     for each in folders:
         before, _, rest = _read_card(each).partition(_HEADING)
         _, _, after = rest.partition(_END)

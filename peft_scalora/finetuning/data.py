@@ -6,6 +6,8 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+from ..version import install_command
+
 IGNORED_LABEL = -100
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -41,7 +43,7 @@ def load_rows(source: str, split: str = "train"):
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Reading data needs datasets: pip install 'peft-scalora[finetune]'.") from error
+        raise ImportError(f"Reading data needs datasets: {install_command('finetune')}.") from error
     stem = source.removesuffix(".gz")
     extension = os.path.splitext(stem)[1]
     if os.path.exists(source):

@@ -19,6 +19,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..version import install_command
+
 FINAL_SHARE = 0.1  # of the losses, whose mean is a run's score when there is no evaluation
 SEED = 0  # of every run: scores are not to depend on the order of the points, which is random
 KINDS = ("sweep", "check", "warmup")
@@ -268,6 +270,6 @@ def require_optuna():
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("Searches need optuna: pip install 'peft-scalora[hpo]'.") from error
+        raise ImportError(f"Searches need optuna: {install_command('hpo')}.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -9,9 +9,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraLayer, _ConvNd
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from ._seams import VARIANT_KWARG_KEYS
 from .config import ScaLoRAConfig
 from .held import HeldDict, HostHeldDict, Progress
 from .maths.accumulator import singular_values
@@ -358,8 +359,9 @@ def _mean_squared_norm(factor: Tensor, dim: int) -> Tensor:
 @cache
 def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
     """The ScaLoRA version of one of PEFT's LoRA layer classes (Linear, Linear4bit, Conv2d, ...)."""
+    convolutions = lora.layer.Conv1d, lora.layer.Conv2d, lora.layer.Conv3d
     mixin = ScaLoRALayer
-    for base, special in ((lora.Embedding, _EmbeddingMixin), (_ConvNd, _ConvMixin)):
+    for base, special in ((lora.Embedding, _EmbeddingMixin), (convolutions, _ConvMixin)):
         mixin = special if issubclass(cls, base) else mixin
     if issubclass(cls, lora.layer.MultiheadAttention):
         mixin = _AttentionMixin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from itertools import chain
 
@@ -9,7 +10,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import get_tp_plan_and_mesh
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import pad
@@ -73,8 +73,7 @@ class ScaLoRAModel(LoraModel):
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-        tp_plan = getattr(base, "_hf_tp_plan", None) or get_tp_plan_and_mesh(self.model, current_key)[0]
-        if tp_plan is not None:
+        if tp_plan := _tensor_parallel_plan(self.model, base, current_key):
             raise ValueError(
                 f"ScaLoRA does not support tensor parallelism: {current_key} has _hf_tp_plan={tp_plan!r}. "
                 "Load the model without tp_plan, or use peft.LoraConfig."
@@ -169,6 +168,15 @@ class ScaLoRAModel(LoraModel):
             for layer in layers:
                 parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]
                 _combine_accumulated(layer, parts, adapter_name, rank)
+
+
+def _tensor_parallel_plan(model: nn.Module, layer: nn.Module, name: str) -> str | None:
+    """Return how transformers has split a layer over processes, such as "colwise"; None for a whole one."""
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    is_parallel = getattr(model, "_device_mesh", None) is not None and getattr(config, "tp_size", 1) > 1
+    plans = getattr(model, "tp_plan", None) if is_parallel else None
+    # Plans name layers of all blocks at once: "layers.*.q_proj".
+    return getattr(layer, "_hf_tp_plan", None) or (plans or {}).get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
 
 
 def _base_fingerprint(model: nn.Module, config: ScaLoRAConfig) -> dict:

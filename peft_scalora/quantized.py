@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+
+from ._seams import dequantize_module_weight
 
 
 def dequantized(layer: nn.Module) -> Tensor | None:

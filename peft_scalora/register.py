@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft.mapping
 import peft.utils.hotswap
 
+from ._seams import check_loaded
 from .config import ScaLoRAConfig, ScaLoRAPeftType
 from .model import ScaLoRAModel
 from .rescaling.engine import install_hook
@@ -28,6 +29,7 @@ def register() -> None:
 
     Raises:
         RuntimeError: PEFT has a method of that name already.
+        SeamError: PEFT or torch lacks something that the package relies on; names it and the remedy.
     """
     known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(SCALORA)
     if known is ScaLoRAConfig:
@@ -37,6 +39,7 @@ def register() -> None:
             f"PEFT already has a method {SCALORA.value!r} ({known.__module__}.{known.__name__}). Uninstall "
             "peft-scalora to use that one, or install a PEFT release without it."
         )
+    check_loaded()
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[SCALORA] = ScaLoRAConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[SCALORA] = ScaLoRAModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[SCALORA] = ScaLoRAModel.prefix

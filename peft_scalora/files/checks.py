@@ -11,9 +11,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .._seams import get_pattern_key
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Collection
 
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+
+from .._seams import SEQ_CLS_HEAD_NAMES
 
 _SAMPLED_WEIGHTS = 32
 # A weight in bfloat16 is within 2^-8 of the one in float32; training on moves most of them further than this.

@@ -12,7 +12,6 @@ from dataclasses import asdict
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from .._seams import SEQ_CLS_HEAD_NAMES
 from ..callbacks import ScaLoRACallback
 from ..config import ScaLoRAConfig
 from ..files.atomic import replace_file

@@ -13,14 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .._seams import STEP_CODE
 from ..layer import LAYERS, ScaLoRALayer
 from .moments import OptimizerState, check_state, rule_for
 from .report import RescaleReport
 from .shape_group import ShapeGroup, Target, accumulate, solve
 from .sharding import assemble, check_ranks, has_gradients, is_sharded, is_zero, whole_value, wire_deepspeed
-
-# Of the function that torch puts around every optimizer's step, to run the hooks.
-STEP_CODE = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def _base_learning_rate(group: dict) -> float | Tensor:

@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP = -m pip install --quiet --constraint constraints.txt
 TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2
 
-.PHONY: quickstart test test-fast lint types docs bench clean
+.PHONY: quickstart test test-fast seams lint types docs bench clean
 
 quickstart: .venv/quickstart/installed
 	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
@@ -28,6 +28,14 @@ types: .venv/tools/installed .venv/test/installed
 
 docs: .venv/tools/installed
 	NO_MKDOCS_2_WARNING=1 .venv/tools/bin/mkdocs build --quiet --strict
+
+# Against the newest releases, whatever constraints.txt says: what will break with them. Installs anew at every call.
+TORCH ?= torch
+seams:
+	$(PYTHON) -m venv --clear .venv/seams
+	.venv/seams/bin/python -m pip install --quiet $(TORCH) peft transformers accelerate huggingface_hub safetensors tqdm \
+	    bitsandbytes deepspeed diffusers optuna trl pytest
+	PYTHONPATH=. .venv/seams/bin/python -m pytest -q tests/test_seams.py $(ARGS)
 
 bench: .venv/quickstart/installed
 	.venv/quickstart/bin/python -m eval.overhead --output results/overhead

@@ -113,6 +113,7 @@ _PEFT = (
 _TORCH = (
     Seam("torch:_foreach_add_", "adds to many small tensors in one call"),
     Seam("torch:_foreach_copy_", "writes many small tensors in one call"),
+    Seam("torch._C:_are_functorch_transforms_active", "says whether vmap, jvp and the like are tracing"),
     Seam("torch._C._nn:silu", "is what F.silu dispatches to"),
     Seam("torch._C._nn:gelu", "is what F.gelu dispatches to"),
     Seam("torch.nn:Module._apply", "is overridden by held.py, whose tensors keep their dtype"),

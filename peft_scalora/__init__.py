@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from .config import ScaLoRAConfig
 from .register import register
 from .rescaling.engine import RescaleReport, last_report, rescale
+from .rescaling.moments import register_optimizer
 from .version import __version__
 
 if TYPE_CHECKING:  # lazily imported names, for editors and type checkers
@@ -39,7 +40,7 @@ _LAZY = {
     "last_complete_checkpoint": "files.checkpoints",
     "push_to_hub": "export.hub",
 }
-__all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "last_report", "rescale", *_LAZY]
+__all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "last_report", "register_optimizer", "rescale", *_LAZY]
 
 register()
 

@@ -1,11 +1,16 @@
 """moments.py against a twin that was trained on the scaled gradients from its first step."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from helpers_optimizers import BITSANDBYTES_8, OPTIMIZERS, make
+from helpers_rescale import Net, adapted, backward, fill_factors, layers_of, train, trainable
 from torch import nn
 
+import peft_scalora
 from peft_scalora.rescaling import moments
 from peft_scalora.rescaling.moments import OptimizerState, carried_scales, carry, check_state, multiply
 
@@ -152,8 +157,10 @@ def test_scales_of_one_leave_eight_bit_states_alone(name):
 
 def test_every_rule_has_a_twin():
     tested = {type(make(name, [nn.Parameter(torch.zeros(2, 2))])) for name in EXACT}
-    # The state of GaussNewton is tested in test_gauss_newton_scalora.py.
-    assert {cls.__name__ for cls in tested} | {"GaussNewton"} >= set(moments.RULES)
+    # DeepSpeed's are tested in test_distributed.py, and have the states of torch's Adam.
+    deepspeed = {"FusedAdam", "DeepSpeedCPUAdam"}
+    assert {cls.__name__ for cls in tested} | deepspeed >= set(moments.RULES)
+    assert all(moments.RULES[name] == moments.RULES["Adam"] for name in deepspeed)
 
 
 @pytest.mark.parametrize("dim, shape", [(0, (3, 5)), (1, (5, 3)), (0, (3, 2, 4, 4)), (1, (5, 3, 1, 1))])
@@ -283,3 +290,98 @@ def test_known_state_is_accepted(name):
         p.grad = torch.randn(16, 32)
         optimizer.step()
         check_state(optimizer, p)
+
+
+# Optimizers from outside the package
+
+
+class SignMomentum(torch.optim.Optimizer):
+    """Steps by the sign of an average of gradients, as Lion does, under names of its own."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            average = self.state[p].setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.grad, 0.1)
+            p.sub_(average.sign(), alpha=self.param_groups[0]["lr"])
+
+
+class SignMomentumOfMine(SignMomentum):
+    """Found by its base class."""
+
+
+class AdamW(torch.optim.AdamW):
+    """Has a known name, and moments of gradients that were divided by their norm."""
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(moments, "_registered", dict(moments._registered))
+
+
+@pytest.mark.parametrize("cls", [SignMomentum, SignMomentumOfMine])
+def test_a_registered_optimizer_trains(cls, registered):
+    """Its average after a rescaling is that of gradients that had been scaled from the beginning."""
+    torch.manual_seed(0)
+    model = fill_factors(adapted(Net(), scaling_interval=3))
+    optimizer = cls(trainable(model), lr=1e-2)
+    with pytest.raises(TypeError, match=f"'average' of optimizer {cls.__name__} .*peft_scalora.register_optimizer"):
+        train(model, optimizer, 2)
+    peft_scalora.register_optimizer(SignMomentum, {"average": 1})
+    train(model, optimizer, 2)
+    layer = layers_of(model)[0]
+    backward(model)
+    before = [(p.detach().clone(), optimizer.state[p]["average"].clone()) for p in layer.factors("default")]
+    report = peft_scalora.rescale(model, optimizer)
+    assert report.layers == 3 and report.skipped == 0
+    (old_B, average_B), (old_A, average_A) = before
+    lora_B, lora_A = layer.factors("default")
+    alpha, beta = (lora_B / old_B)[0].detach(), (lora_A / old_A)[:, 0].detach()
+    assert ((alpha - 1).abs() > 1e-3).any() and ((beta - 1).abs() > 1e-3).any()
+    torch.testing.assert_close(optimizer.state[lora_B]["average"], average_B * beta)
+    torch.testing.assert_close(optimizer.state[lora_A]["average"], average_A * alpha[:, None])
+
+
+def test_a_registered_class_comes_before_a_known_name(registered):
+    p = nn.Parameter(torch.ones(3, 4))
+    assert moments.rule_for(AdamW([p])) == moments.RULES["AdamW"]
+    peft_scalora.register_optimizer(AdamW, {"exp_avg": 0, "exp_avg_sq": 0})
+    assert moments.rule_for(AdamW([p])) == {"exp_avg": 0, "exp_avg_sq": 0}
+    assert moments.rule_for(torch.optim.AdamW([p])) == moments.RULES["AdamW"]
+
+
+def test_a_name_that_only_resembles_a_known_one_is_none(registered):
+    """docs/reference.md lists the names: "Lion" passes, "LionW" has to be registered."""
+
+    class LionW(torch.optim.Optimizer):
+        pass
+
+    assert moments.rule_for(LionW([nn.Parameter(torch.ones(2))], {})) == {}
+
+
+@pytest.mark.parametrize(
+    "cls, powers, message",
+    [
+        (
+            torch.optim.Adam([nn.Parameter(torch.ones(2))]),
+            {"exp_avg": 1},
+            "must be a subclass of torch.optim.Optimizer",
+        ),
+        (nn.Linear, {"exp_avg": 1}, "must be a subclass of torch.optim.Optimizer"),
+        (SignMomentum, {"average": "1"}, "must map names of states to whole numbers"),
+        (SignMomentum, {"average": 1.0}, "must map names of states to whole numbers"),
+        (SignMomentum, {0: 1}, "must map names of states to whole numbers"),
+    ],
+)
+def test_what_is_no_rule_is_refused(cls, powers, message, registered):
+    with pytest.raises(TypeError, match=message):
+        peft_scalora.register_optimizer(cls, powers)
+
+
+def test_documentation_names_every_optimizer():
+    text = " ".join(Path("docs/reference.md").read_text().split())
+    listed = re.search(r"optimizer classes with these names, and for their subclasses: (.*?)\. The same", text).group(1)
+    assert set(re.findall(r"\w+", listed)) >= {*moments.RULES, "GaussNewton"}

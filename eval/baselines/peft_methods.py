@@ -23,9 +23,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from peft_scalora import ScaLoRAConfig, effective_rank
+from peft_scalora import ScaLoRAConfig, effective_rank, register_optimizer
 from peft_scalora.quantized import keep_as_loaded
-from peft_scalora.rescaling import moments
 
 from .shared import Prepared, common_fields, refuse_quantized, shared_fields, target_layers, task_type
 
@@ -171,6 +170,9 @@ class UncarriedAdamW(torch.optim.AdamW):
     """AdamW, the moments of which a rescaling leaves as they are."""
 
 
+register_optimizer(UncarriedAdamW, {"exp_avg": 0, "exp_avg_sq": 0, "max_exp_avg_sq": 0})
+
+
 def scalora(model, settings, batches) -> Prepared:
     config = ScaLoRAConfig(
         **shared_fields(model, settings),
@@ -181,8 +183,6 @@ def scalora(model, settings, batches) -> Prepared:
     )
     prepared = Prepared(get_peft_model(model, config), effective_rank=effective_rank)
     if not settings.moment_transport:
-        # The package has no such switch: an optimizer of another name gets a rule of its own, power 0 for every state.
-        moments.RULES[UncarriedAdamW.__name__] = dict.fromkeys(moments.RULES["AdamW"], 0)
         # betas and eps are those of Trainer's AdamW, too.
         prepared.optimizer = UncarriedAdamW, {"lr": settings.learning_rate, "fused": True}
     return prepared

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Optimizer class name -> state name -> power of the scale.
+# Optimizer class name -> state name -> power of the scale, by name because not all of them are torch's.
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 RULES: dict[str, dict[str, int]] = {
     "Adam": _ADAM,
@@ -26,11 +26,11 @@ RULES: dict[str, dict[str, int]] = {
     "SGD": {"momentum_buffer": 1},
     "Muon": {"momentum_buffer": 1},
     "Lion": {"exp_avg": 1},
-    # J δ is unchanged: δ moves against the gradients.
-    "GaussNewton": {"exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1, "delta": -1},
+    # DeepSpeed's own, with torch's names of the states.
+    "DeepSpeedCPUAdam": _ADAM,
+    "FusedAdam": _ADAM,
 }
-# DeepSpeed's own, with torch's names of the states.
-_DEEPSPEED_RULES = {"FusedAdam": _ADAM, "DeepSpeedCPUAdam": _ADAM}
+_registered: dict[type[torch.optim.Optimizer], dict[str, int]] = {}
 # bitsandbytes names its states state1 and state2 whatever the optimizer, and says which one it is.
 _BITSANDBYTES_RULES: dict[str, dict[str, int]] = {
     "adam": {"state1": 1, "state2": 2},
@@ -43,12 +43,41 @@ _BITSANDBYTES_BLOCK = 256
 _BITSANDBYTES_AUXILIARY = {"qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "unorm_vec"}
 
 
+def register_optimizer(cls: type[torch.optim.Optimizer], powers: Mapping[str, int]) -> None:
+    """Say how a rescaling carries the state that an optimizer class, and its subclasses, keep of a parameter.
+
+    A rescaling multiplies the gradients of a factor by the other factor's scales. The optimizer's history of gradients
+    has to follow, so that training goes on as if they had always been scaled.
+
+    Args:
+        cls: the optimizer's class. What is registered comes before the rules that the package has by itself.
+        powers: of every state with one number for each of the parameter's, its name in `optimizer.state[param]` and the
+            power of the scale that it is multiplied by. 1 for an average of gradients, 2 for one of their squares, 0
+            for what does not depend on their size, -1 for a change of the parameter that is yet to come. Counters
+            need no entry.
+
+    Raises:
+        TypeError: cls is not an optimizer class, or powers does not map names to whole numbers.
+
+    Example:
+        `register_optimizer(AdEMAMix, {"exp_avg_fast": 1, "exp_avg_slow": 1, "exp_avg_sq": 2})`
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise TypeError(f"cls={cls!r} must be a subclass of torch.optim.Optimizer.")
+    if not all(isinstance(name, str) and type(power) is int for name, power in dict(powers).items()):
+        raise TypeError(f"powers={powers!r} must map names of states to whole numbers, as {{'exp_avg': 1}} does.")
+    _registered[cls] = dict(powers)
+
+
 def rule_for(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """State name -> power of the scale; empty for an optimizer without a rule."""
+    """Return state name -> power of the scale; empty for an optimizer without a rule."""
+    classes = type(optimizer).__mro__
+    for cls in classes:
+        if cls in _registered:
+            return _registered[cls]
     if hasattr(optimizer, "optimizer_name"):  # bitsandbytes
         return _BITSANDBYTES_RULES.get(optimizer.optimizer_name, {})
-    rules = RULES | _DEEPSPEED_RULES
-    return next((rules[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rules), {})
+    return next((RULES[cls.__name__] for cls in classes if cls.__name__ in RULES), {})
 
 
 class OptimizerState(NamedTuple):
@@ -101,10 +130,16 @@ def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     if unknown:
         raise TypeError(
             f"ScaLoRA cannot carry the state {', '.join(map(repr, unknown))} of optimizer "
-            f"{type(optimizer).__name__} through a rescaling. Optimizers that work: {', '.join(sorted(RULES))}, and "
-            f"bitsandbytes' {', '.join(sorted(_BITSANDBYTES_RULES))} in 32 and 8 bit. Use one of these, or a "
-            "scaling_interval longer than the training to keep plain LoRA."
+            f"{type(optimizer).__name__} through a rescaling. Optimizers that work: {', '.join(_known_names())}, and "
+            f"bitsandbytes' {', '.join(sorted(_BITSANDBYTES_RULES))} in 32 and 8 bit. Use one of these, say how its "
+            "state is carried with peft_scalora.register_optimizer, or set a scaling_interval longer than the training "
+            "to keep plain LoRA."
         )
+
+
+def _known_names() -> list[str]:
+    """List the classes that have a rule, by name."""
+    return sorted({*RULES, *(cls.__name__ for cls in _registered)})
 
 
 def multiply(tensors_KL: list[list[Tensor]], scale_KLR: Tensor, dim: int) -> None:

@@ -65,6 +65,22 @@ def test_it_is_of_names_shapes_and_values():
     assert fingerprint(model) == found, "biases may be trained beside the adapter"
 
 
+def test_a_base_moved_by_a_hundredth_is_another_and_one_rounded_to_bfloat16_is_not():
+    """The tolerance of 2^-7 lies between: bfloat16 rounds by up to 2^-8, the worst case of which is the tie 1 + 2^-8."""
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in base:
+        nn.init.constant_(layer.weight, 1 + 2**-8)
+    recorded = fingerprint(base)
+    rounded = fingerprint(copy.deepcopy(base).bfloat16())
+    assert rounded["values"] == [1.0] * 4
+    assert difference(recorded, rounded) is None
+    for factor in (0.99, 1.01):
+        moved = copy.deepcopy(base)
+        for layer in moved:
+            layer.weight.data *= factor
+        assert difference(recorded, fingerprint(moved)) == "4 of 4 sampled weights have another value"
+
+
 def test_modules_to_save_have_no_values():
     """The same names, shapes and places, so that fingerprints with and without them compare."""
     model = nn.ModuleDict(

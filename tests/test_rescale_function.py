@@ -202,6 +202,25 @@ def test_discarded_is_what_numpy_would_leave_out():
         assert (report.discarded > 1e-3) == (count > 0)
 
 
+@pytest.mark.parametrize("r, kept", [(8, 56), (3, 58), (1, 56), (16, 64)])
+def test_a_recompression_keeps_seven_eighths_of_the_columns(r, kept):
+    """Of 64, in whole folds: the next up to 8 columns are free again. One fold of 16 takes more than that: it keeps all.
+
+    Columns that are not in use are zero.
+    """
+    model = fill_factors(adapted(Chain(1, 80, 72), r=r, accumulator_rank=64))
+    (layer,) = layers_of(model)
+    columns = []
+    for _ in range(64 // r + 1):
+        random_gradients(model)
+        rescale(model)
+        columns.append(layer.progress("default").columns)
+        move(model)
+    assert columns == [*range(r, 64 + 1, r), kept]
+    U, V = layer.scalora_U["default"], layer.scalora_V["default"]
+    assert (U.norm(dim=0) > 0).tolist() == (V.norm(dim=1) > 0).tolist() == [True] * kept + [False] * (64 - kept)
+
+
 @pytest.mark.parametrize("how", SCALINGS)
 def test_everything_is_the_same_bits_for_any_power_of_two_on_the_gradients(how):
     """Loss scaling and gradient accumulation without division do not matter."""

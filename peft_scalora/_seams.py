@@ -90,6 +90,8 @@ _PEFT = (
         "is overridden to warn of layers that never rescaled, and of requantization",
     ),
     _calls(f"{_TUNER}.merge_and_unload", "self._unload_and_optionally_merge("),
+    Seam(f"{_TUNER}._check_target_module_compatiblity", "is overridden to refuse layers of Mamba that LoRA refuses"),
+    _calls(f"{_TUNER}.inject_adapter", "self._check_target_module_compatiblity("),
     # Methods of LoraLayer that ScaLoRALayer overrides or calls.
     Seam(f"{_LAYER}:LoraLayer.update_layer", "is overridden to add the accumulator", ("config: LoraConfig",)),
     Seam(
@@ -104,6 +106,18 @@ _PEFT = (
     Seam(f"{_LAYER}:VARIANT_KWARG_KEYS", "are arguments of the layer that are not the base layer's"),
     Seam(f"{_LAYER}:LoraLayer.other_param_names", "is what an adapter has beside its factors"),
     # Functions and constants.
+    Seam(
+        "peft.tuners.lora.conversion:_convert_module_to_lora",
+        "is patched: convert_to_lora is exact for ScaLoRA layers",
+        ("module", "rank", "adapter_name"),
+    ),
+    _calls("peft.tuners.lora.conversion:convert_to_lora", "convert_module_to_lora = _convert_module_to_lora"),
+    Seam("peft.utils.save_and_load:_validate_lora_adapter_state_dict", "warns of factors that were not gathered"),
+    Seam(
+        "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
+        "turns the experts that are targeted into target_parameters",
+        ("def convert_peft_config_for_transformers(peft_config, model", "!= PeftType.LORA"),
+    ),
     Seam("peft.config:PeftConfigMixin._split_kwargs", "separates the arguments of a download from the others"),
     Seam("peft.tuners.lora.config:LoraConfig._register_custom_module", "sets _custom_modules", ("_custom_modules",)),
     Seam("peft.utils.constants:SEQ_CLS_HEAD_NAMES", "are heads that PEFT trains whole"),
@@ -181,6 +195,8 @@ _OTHERS = (
         "marks a parameter of ZeRO-1, 2",
         ("_dp_group",),
     ),
+    Seam("diffusers.loaders.lora_base:LoraBaseMixin", "writes LoRA files for pipelines", ("def write_lora_layers(",)),
+    Seam("diffusers.loaders.peft:PeftAdapterMixin", "writes LoRA files for models", ("def save_lora_adapter(",)),
     Seam("optuna.trial:Trial.__init__", "names what a heartbeat is recorded for", ("self._trial_id",)),
     Seam("optuna.storages:RDBStorage.record_heartbeat", "marks a trial as alive"),
     Seam("optuna.storages:fail_stale_trials", "ends the trials of processes that died"),
@@ -254,14 +270,15 @@ def _message(seam: Seam, problem: str) -> str:
     )
 
 
-def _take(name: str) -> Any:
+def take(name: str) -> Any:
+    """Return the part that the row of that name lists; raises as `find`."""
     return find(next(seam for seam in SEAMS if seam.name == name))
 
 
 # What the package imports. The rest is overridden, called on objects, or imported when a library is in use.
-SEQ_CLS_HEAD_NAMES = _take("peft.utils.constants:SEQ_CLS_HEAD_NAMES")
-VARIANT_KWARG_KEYS = _take(f"{_LAYER}:VARIANT_KWARG_KEYS")
-dequantize_module_weight = _take("peft.utils.integrations:dequantize_module_weight")
-get_pattern_key = _take("peft.utils.other:get_pattern_key")
+SEQ_CLS_HEAD_NAMES = take("peft.utils.constants:SEQ_CLS_HEAD_NAMES")
+VARIANT_KWARG_KEYS = take(f"{_LAYER}:VARIANT_KWARG_KEYS")
+dequantize_module_weight = take("peft.utils.integrations:dequantize_module_weight")
+get_pattern_key = take("peft.utils.other:get_pattern_key")
 # Of the function that torch puts around every optimizer's step, to run the hooks.
-STEP_CODE = _take("torch.optim:Optimizer.profile_hook_step")(lambda: None).__code__
+STEP_CODE = take("torch.optim:Optimizer.profile_hook_step")(lambda: None).__code__

@@ -18,6 +18,7 @@ from .config import ScaLoRAConfig
 from .files.checks import check_values
 from .files.fingerprint import difference, fingerprint, short
 from .layer import ScaLoRALayer, make_scalora
+from .lora_only import as_lora, refuse_fused_experts, warn_in_diffusers, warn_of_partial_factors
 from .maths.accumulator import truncate
 from .rescaling.engine import install_deepspeed_hook
 
@@ -57,6 +58,8 @@ class ScaLoRAModel(LoraModel):
         TRL makes its reference adapters so, and then copies the parameters itself, but not the accumulated change.
         """
         install_deepspeed_hook()
+        warn_in_diffusers()
+        refuse_fused_experts(self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         for name in (name for name, other in self.peft_config.items() if other is config and name != adapter_name):
@@ -67,6 +70,9 @@ class ScaLoRAModel(LoraModel):
                 )
                 for layer in self._layers_with(name):
                     layer.copy_adapter(name, adapter_name)
+
+    def _check_target_module_compatiblity(self, peft_config, model, target_name):
+        super()._check_target_module_compatiblity(as_lora(peft_config), model, target_name)
 
     def _layers_with(self, adapter: str) -> list[ScaLoRALayer]:
         return [layer for layer in self._scalora_layers().values() if adapter in layer.scalora_U]
@@ -105,7 +111,9 @@ class ScaLoRAModel(LoraModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         _warn_if_never_rescaled(model, adapter_name, config)
         config.base_fingerprint = _base_fingerprint(model, config)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        warn_of_partial_factors(state, adapter_name)
+        return state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -7,6 +7,7 @@ import peft.utils.hotswap
 
 from ._seams import check_loaded
 from .config import ScaLoRAConfig, ScaLoRAPeftType
+from .lora_only import install_exact_conversion
 from .model import ScaLoRAModel
 from .rescaling.engine import install_hook
 
@@ -44,4 +45,5 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[SCALORA] = ScaLoRAModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[SCALORA] = ScaLoRAModel.prefix
     peft.utils.hotswap.CONFIG_KEYS_TO_CHECK[SCALORA] = _HOTSWAP_FIELDS
+    install_exact_conversion()
     install_hook()

@@ -18,6 +18,7 @@ ROOMS = (
     "plots",
     "config",
     "layer",
+    "lora_only",
     "rescaling",
     "model",
     "register",

@@ -6,6 +6,9 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from ..version import install_command
 from . import fingerprint
 from .atomic import replace_file
@@ -64,7 +67,7 @@ def facts_of(config: LoraConfig) -> list[tuple[str, str]]:
     """Rank, settings and base model, as rows of a card."""
     targets = config.target_modules
     targets = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-    base = str(config.base_model_name_or_path)
+    base = config.base_model_name_or_path or "unnamed"
     if config.base_fingerprint:
         base += f" (fingerprint {fingerprint.short(config.base_fingerprint)})"
     settings = f"lora_alpha={config.lora_alpha}, smoothness={config.smoothness!r}, accumulator={config.accumulator!r}"
@@ -96,13 +99,7 @@ def format_results(results: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in sorted(results.items()))
 
 
-_EXPORTED = """---
-library_name: peft
-base_model: {config.base_model_name_or_path}
-tags:
-- lora
-- scalora
----
+_EXPORTED = """{metadata}
 
 # LoRA adapter exported from ScaLoRA
 
@@ -119,12 +116,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 {serving}
 """
-_MERGED = """---
-library_name: transformers
-base_model: {config.base_model_name_or_path}
-tags:
-- scalora
----
+_MERGED = """{metadata}
 
 # Model with a merged ScaLoRA adapter
 
@@ -143,13 +135,32 @@ def exported_card(config: LoraConfig, rank: int, error: float, obstacles: list[s
     if obstacles:
         serving = f"vLLM does not serve it: {'; '.join(obstacles)}."
     facts = _table(("trained as", "ScaLoRA"), *facts_of(config), ("results", format_results(results)))
-    return _EXPORTED.format(config=config, rank=rank, error=error, facts=facts, serving=serving)
+    metadata = _metadata(config, "peft", ["lora", "scalora"])
+    return _EXPORTED.format(metadata=metadata, rank=rank, error=error, facts=facts, serving=serving)
 
 
 def merged_card(config: LoraConfig, dtype: torch.dtype, error: float) -> str:
     """The card of a merged model."""
     name = str(dtype).removeprefix("torch.")
-    return _MERGED.format(config=config, dtype=name, error=error, facts=_table(*facts_of(config)))
+    metadata = _metadata(config, "transformers", ["scalora"])
+    return _MERGED.format(metadata=metadata, dtype=name, error=error, facts=_table(*facts_of(config)))
+
+
+def _metadata(config: LoraConfig, library: str, tags: list[str]) -> str:
+    """Return the head of a card, which names the base model where that is one of the hub's."""
+    base = config.base_model_name_or_path
+    data = ModelCardData(library_name=library, base_model=base if _is_hub_id(base) else None, tags=tags)
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _is_hub_id(name: str | None) -> bool:
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _table(*rows: tuple[str, str]) -> str:

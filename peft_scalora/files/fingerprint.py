@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
 from .._seams import SEQ_CLS_HEAD_NAMES
 
 _SAMPLED_WEIGHTS = 32
+_SAMPLED_PLACES = 8  # where names do not help
 # A weight in bfloat16 is within 2^-8 of the one in float32; training on moves most of them further than this.
 _RELATIVE, _ABSOLUTE = 2**-7, 1e-6
 # Heads that PEFT trains whole: random where the base model has none yet, and with as many rows as there are labels.
@@ -19,19 +20,31 @@ _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter", "trainable_tokens
 
 
 def fingerprint(model: nn.Module, modules_to_save: Collection[str] | None = None) -> dict:
-    """{"weights": hash of all names and shapes, "values": two values of each of up to 32 weights, or None}.
+    """Return {"weights": hash of all names and shapes, "values": two values of each of up to 32 weights, or None,
+    "shapes": hash of all shapes, "values_by_place": two values of each of up to 8 weights chosen by their place}.
 
-    The same for a model with and without adapters, in any floating-point type, and quantized by bitsandbytes or
+    The last two are for a model whose weights were renamed, as PEFT's `key_mapping` allows for. The fingerprint is the
+    same with and without adapters, in any floating-point type, and quantized by bitsandbytes or
     torchao: weights that are quantized, sharded or not in memory have None for values. So have those of
     `modules_to_save`: the adapter brings its own, and where the base model has none they are random at every load.
     """
     weights = _base_weights(model)
     shapes = sorted((name, list(_shape(weight))) for name, weight in weights.items())
-    sampled = sorted(weights, key=lambda name: _hash(name))[:_SAMPLED_WEIGHTS]
-    values = []
-    for name in sampled:
-        values += [None, None] if _in_modules(name, modules_to_save or ()) else _values(weights[name])
-    return {"weights": _hash(shapes)[:16], "values": values}
+    by_name = sorted(weights, key=_hash)[:_SAMPLED_WEIGHTS]
+    by_place = sorted(range(len(weights)), key=_hash)[:_SAMPLED_PLACES]
+    names = list(weights)
+
+    def sampled(chosen: Iterable[str]) -> list[float | None]:
+        own = modules_to_save or ()
+        pairs = ([None, None] if _in_modules(name, own) else _values(weights[name]) for name in chosen)
+        return [value for pair in pairs for value in pair]
+
+    return {
+        "weights": _hash(shapes)[:16],
+        "values": sampled(by_name),
+        "shapes": _hash(sorted(shape for _, shape in shapes))[:16],
+        "values_by_place": sampled(names[place] for place in by_place),
+    }
 
 
 def short(recorded: dict) -> str:
@@ -41,9 +54,14 @@ def short(recorded: dict) -> str:
 
 def difference(recorded: dict, current: dict) -> str | None:
     """What tells the two models apart, in words; None if nothing does."""
+    values = "values"
     if recorded["weights"] != current["weights"]:
-        return "its weights have other names or shapes"
-    pairs = [(a, b) for a, b in zip(recorded["values"], current["values"]) if a is not None and b is not None]
+        if "shapes" not in recorded or recorded["shapes"] != current.get(
+            "shapes"
+        ):  # adapters of older releases have only the names
+            return "its weights have other names or shapes"
+        values = "values_by_place"
+    pairs = [(a, b) for a, b in zip(recorded[values], current[values]) if a is not None and b is not None]
     other = sum(abs(a - b) > _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE for a, b in pairs)
     return f"{other} of {len(pairs)} sampled weights have another value" if other else None
 
@@ -52,14 +70,20 @@ def check(recorded) -> None:
     """Raises ValueError for what is no fingerprint: it may come from anybody's adapter_config.json."""
     if recorded is None:
         return
-    known = isinstance(recorded, dict) and recorded.keys() == {"weights", "values"}
-    if not (
-        known
-        and isinstance(recorded["weights"], str)
-        and isinstance(recorded["values"], list)
-        and all(value is None or isinstance(value, float) for value in recorded["values"])
-    ):
-        raise ValueError(f"base_fingerprint={recorded!r} is none: remove it to load the adapter without that check.")
+    hashes, lists = ("weights", "shapes"), ("values", "values_by_place")
+    fields = set(recorded) if isinstance(recorded, dict) else set()
+    # Adapters of older releases have the first two fields alone.
+    known = fields in ({"weights", "values"}, {*hashes, *lists})
+    known = known and all(isinstance(recorded[name], str) for name in fields.intersection(hashes))
+    if not (known and all(_is_values(recorded[name]) for name in fields.intersection(lists))):
+        raise ValueError(
+            f"base_fingerprint={recorded!r} is not a fingerprint (expected {{'weights': str, 'values': list}}). Remove "
+            "the field to load without this check."
+        )
+
+
+def _is_values(value) -> bool:
+    return isinstance(value, list) and all(number is None or isinstance(number, float) for number in value)
 
 
 def _base_weights(model: nn.Module) -> dict[str, nn.Parameter]:

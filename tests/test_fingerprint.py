@@ -1,13 +1,14 @@
 """Fingerprints of base models, and loading an adapter onto another base than it was trained on."""
 
 import copy
+import hashlib
 import json
 import warnings
 
 import pytest
 import torch
 from helpers_adapters import save
-from helpers_models import KINDS, every_layer_kind, fill, scalora_config, tiny_llama, tokens
+from helpers_models import KINDS, every_layer_kind, fill, floats, scalora_config, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DistilBertConfig
@@ -183,9 +184,72 @@ def test_plain_lora_is_left_alone(adapter, tmp_path):
     assert not warned(lambda: PeftModel.from_pretrained(tiny_llama(), tmp_path))
 
 
+class Renamed(nn.Module):
+    """A model whose modules have other names than those of KINDS["Linear"], as after a release that renamed them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.first, self.encoder.second = base.lin0, base.lin1
+
+    def forward(self, x):
+        return self.encoder.second(torch.tanh(self.encoder.first(x)))
+
+
+RENAMED = {r"base_model\.model\.lin0": "base_model.model.encoder.first",
+           r"base_model\.model\.lin1": "base_model.model.encoder.second"}  # fmt: skip
+
+
+def load_renamed(base, folder):
+    """Load an adapter of KINDS["Linear"] onto a model with other names."""
+    config = scalora_config(target_modules=["first", "second"])
+    config.base_fingerprint = json.loads((folder / "adapter_config.json").read_text())["base_fingerprint"]
+    return PeftModel.from_pretrained(Renamed(base), folder, config=config, key_mapping=RENAMED)
+
+
+def test_a_base_whose_weights_were_renamed_is_the_same(tmp_path):
+    base, model = KINDS["Linear"].filled()
+    save(model, tmp_path)
+    loaded = []
+    assert not warned(lambda: loaded.append(load_renamed(copy.deepcopy(base), tmp_path)))
+    x = floats(5, 14)
+    torch.testing.assert_close(loaded[0](x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_another_base_whose_weights_were_renamed_is_named(tmp_path):
+    base, model = KINDS["Linear"].filled()
+    save(model, tmp_path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.lin0.weight.mul_(1.1)
+        other.lin1.weight.mul_(1.1)
+    (message,) = warned(lambda: load_renamed(other, tmp_path))
+    assert "4 of 4 sampled weights have another value" in message
+
+
+def test_fingerprints_of_older_releases_still_compare():
+    """Those have names, shapes and values, but none by place."""
+    base = KINDS["Linear"].build()
+    now = fingerprint(base)
+    before = {name: now[name] for name in ("weights", "values")}
+    check(before)
+    assert difference(before, now) is None
+    assert difference(before, fingerprint(Renamed(copy.deepcopy(base)))) == "its weights have other names or shapes"
+    with torch.no_grad():
+        base.lin0.weight.mul_(1.1)
+    assert difference(before, fingerprint(base)) == "2 of 4 sampled weights have another value"
+
+
+def test_the_hash_of_names_is_that_of_older_releases():
+    """Adapters have recorded it."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.LayerNorm(4)})
+    names = [["a.weight", [2, 3]], ["b.weight", [4]]]
+    assert fingerprint(model)["weights"] == hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
 @pytest.mark.parametrize("value", ["x", 3, [], {}, {"weights": 1, "values": []}, {"weights": "a", "values": ["b"]}])
 def test_what_is_no_fingerprint_is_refused(value):
-    with pytest.raises(ValueError, match="base_fingerprint="):
+    with pytest.raises(ValueError, match=r"base_fingerprint=.* is not a fingerprint \(expected .*Remove the field"):
         check(value)
     with pytest.raises(ValueError, match="base_fingerprint="):
         scalora_config(base_fingerprint=value)

@@ -143,7 +143,10 @@ def test_saving_factors_that_were_not_gathered_warns(shape):
 
 # peft.convert_to_lora.
 
-CONVERTED = {"Linear": {}, "dense": {"accumulator": "dense"}, "rslora": {"use_rslora": True}}
+CONVERTED = [
+    ({}, 64), ({}, 8), ({}, 1.0), ({"use_rslora": True}, 64), ({"accumulator": "dense"}, 64),
+    ({"accumulator": "dense"}, 1.0),
+]  # fmt: skip
 
 
 def lora_from(base, config: LoraConfig, state: dict[str, torch.Tensor]) -> PeftModel:
@@ -153,8 +156,7 @@ def lora_from(base, config: LoraConfig, state: dict[str, torch.Tensor]) -> PeftM
     return model
 
 
-@pytest.mark.parametrize("rank", [64, 8, 1.0])
-@pytest.mark.parametrize("options", CONVERTED.values(), ids=CONVERTED)
+@pytest.mark.parametrize("options, rank", CONVERTED)
 def test_conversion_to_lora_is_exact(options, rank):
     base, model = KINDS["Linear"].filled(**options)
     config, state = peft.convert_to_lora(model, rank=rank)

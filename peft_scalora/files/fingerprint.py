@@ -56,9 +56,8 @@ def difference(recorded: dict, current: dict) -> str | None:
     """What tells the two models apart, in words; None if nothing does."""
     values = "values"
     if recorded["weights"] != current["weights"]:
-        if "shapes" not in recorded or recorded["shapes"] != current.get(
-            "shapes"
-        ):  # adapters of older releases have only the names
+        # Adapters of older releases have recorded the names alone.
+        if "shapes" not in recorded or recorded["shapes"] != current.get("shapes"):
             return "its weights have other names or shapes"
         values = "values_by_place"
     pairs = [(a, b) for a, b in zip(recorded[values], current[values]) if a is not None and b is not None]

@@ -196,8 +196,7 @@ class Renamed(nn.Module):
         return self.encoder.second(torch.tanh(self.encoder.first(x)))
 
 
-RENAMED = {r"base_model\.model\.lin0": "base_model.model.encoder.first",
-           r"base_model\.model\.lin1": "base_model.model.encoder.second"}  # fmt: skip
+RENAMED = {r"^lin0": "encoder.first", r"^lin1": "encoder.second"}
 
 
 def load_renamed(base, folder):

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig
 
+from .accumulator import ACCUMULATORS
 from .files import fingerprint
 from .files.card import write_note
 from .files.checks import WEIGHTS_NAME, accumulator_rank, check_folder
@@ -26,7 +27,8 @@ class ScaLoRAPeftType(str, enum.Enum):
     SCALORA = "SCALORA"
 
 
-ACCUMULATORS = ("factored", "dense")
+# The capacity of a factored accumulator that was saved as a dense one: all that a layer can need.
+UNLIMITED_RANK = 2**31 - 1
 
 # LoraConfig fields whose feature contradicts the method, with the reason shown to the user.
 _REFUSED_FIELDS = {
@@ -60,9 +62,8 @@ class ScaLoRAConfig(LoraConfig):
         scaling_interval: optimizer steps from one rescaling to the next, I. 1 is ScaLoRA, more is ScaLoRA-I.
         smoothness: the smoothness constant L of the loss, or "auto": such that the columns keep the mean squared norm
             of the freshly initialised factor.
-        accumulator: where folded change lives: "factored" (U of out x R and V of R x in) or "dense" (out x in, exact,
-            for small models).
-        accumulator_rank: the rank R of the factored accumulator; None means 8 r. Never above min(in, out).
+        accumulator: how folded change is kept, a name in `peft_scalora.accumulator.ACCUMULATORS`: "factored", as U (out x R) and V (R x in).
+        accumulator_rank: the rank R of the accumulator; None means 8 r. Never above min(in, out), where it is lossless.
         base_fingerprint: what tells the base model from others; saving records it, loading warns of another base.
         requires: what a reader of adapter_config.json needs to load the adapter; informative.
 
@@ -80,12 +81,10 @@ class ScaLoRAConfig(LoraConfig):
     smoothness: float | Literal["auto"] = field(
         default="auto", metadata={"help": "Smoothness constant L of the loss, or 'auto'."}
     )
-    accumulator: Literal["factored", "dense"] = field(
-        default="factored", metadata={"help": "Where folded change lives: 'factored' or 'dense'."}
+    accumulator: Literal[tuple(ACCUMULATORS)] = field(  # type: ignore[valid-type]
+        default="factored", metadata={"help": f"How folded change is kept, {', '.join(map(repr, ACCUMULATORS))}."}
     )
-    accumulator_rank: int | None = field(
-        default=None, metadata={"help": "Rank R of the factored accumulator; None means 8 r."}
-    )
+    accumulator_rank: int | None = field(default=None, metadata={"help": "Rank R of the accumulator; None means 8 r."})
     base_fingerprint: dict | None = field(
         default=None, metadata={"help": "What tells the base model from others; recorded when the adapter is saved."}
     )
@@ -95,6 +94,8 @@ class ScaLoRAConfig(LoraConfig):
     )
 
     def __post_init__(self):
+        if self.peft_version is not None:  # saved, not written by hand
+            self._read_dense_as_factored()
         super().__post_init__()
         self.peft_type = ScaLoRAPeftType.SCALORA
         self._check_own_fields()
@@ -123,6 +124,11 @@ class ScaLoRAConfig(LoraConfig):
 
     def _check_own_fields(self):
         _check_choice("scaling", self.scaling, SCALINGS)
+        if self.accumulator == "dense":
+            raise ValueError(
+                "accumulator='dense' must be 'factored', which with an accumulator_rank of at least "
+                "min(in_features, out_features) of every layer is as exact."
+            )
         _check_choice("accumulator", self.accumulator, ACCUMULATORS)
         _check_positive_int("scaling_interval", self.scaling_interval)
         if self.accumulator_rank is not None:
@@ -156,6 +162,21 @@ class ScaLoRAConfig(LoraConfig):
     def accumulator_rank_for(self, r: int, out_features: int, in_features: int) -> int:
         """Return R of a layer with adapter rank r and a weight of out_features x in_features."""
         return accumulator_rank(self.accumulator_rank, r, out_features, in_features)
+
+    def accumulator_shapes(self, r: int, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the tensors that the accumulator of such a layer is saved as."""
+        capacity = self.accumulator_rank_for(r, out_features, in_features)
+        return ACCUMULATORS[self.accumulator].shapes((out_features, in_features), capacity)
+
+    def _read_dense_as_factored(self) -> None:
+        if self.accumulator == "dense":
+            self.accumulator = "factored"
+            self.accumulator_rank = UNLIMITED_RANK
+
+    def __setstate__(self, state: dict) -> None:
+        """Unpickled configurations of earlier versions too."""
+        self.__dict__.update(state)
+        self._read_dense_as_factored()
 
     def to_dict(self) -> dict:
         """As for LoraConfig, with sets as sorted lists: the same adapter is saved as the same bytes."""

@@ -12,11 +12,11 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.functional import pad
 
-from .config import ScaLoRAConfig
+from .config import UNLIMITED_RANK, ScaLoRAConfig
 from .files.checks import check_values
 from .files.fingerprint import difference, fingerprint, short
+from .files.upgrade import upgraded
 from .layer import ScaLoRALayer, make_scalora
 from .lora_only import as_lora, refuse_fused_experts, warn_in_diffusers, warn_of_partial_factors
 from .maths.accumulator import truncate
@@ -62,8 +62,11 @@ class ScaLoRAModel(LoraModel):
         refuse_fused_experts(self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        if config.accumulator_rank == UNLIMITED_RANK:
+            shapes = [layer.accumulator(adapter_name).shape for layer in self._layers_with(adapter_name)]
+            config.accumulator_rank = max(map(min, shapes), default=None)
         for name in (name for name, other in self.peft_config.items() if other is config and name != adapter_name):
-            if any(layer.progress(name).columns for layer in self._layers_with(name)):
+            if any(layer.accumulator(name).columns for layer in self._layers_with(name)):
                 warnings.warn(
                     f"Adapter {adapter_name!r} is added with the configuration object of {name!r} and becomes a copy "
                     "of it, as TRL's reference adapters have to. For a fresh adapter pass a copy of the configuration."
@@ -75,7 +78,7 @@ class ScaLoRAModel(LoraModel):
         super()._check_target_module_compatiblity(as_lora(peft_config), model, target_name)
 
     def _layers_with(self, adapter: str) -> list[ScaLoRALayer]:
-        return [layer for layer in self._scalora_layers().values() if adapter in layer.scalora_U]
+        return [layer for layer in self._scalora_layers().values() if layer.has_accumulator(adapter)]
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
@@ -117,6 +120,7 @@ class ScaLoRAModel(LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = upgraded(state_dict)
         check_values(state_dict, f"the adapter loaded as {adapter_name!r}")
         _warn_of_another_base(model, config)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -136,7 +140,7 @@ class ScaLoRAModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         layers = self._scalora_layers()  # which are gone afterwards
-        for adapter in {name for layer in layers.values() for name in layer.scalora_U}:
+        for adapter in {name for layer in layers.values() for name in layer.scalora_config}:
             _warn_if_never_rescaled(self.model, adapter, self.peft_config[adapter])
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         _warn_of_requantization(layers)
@@ -157,24 +161,24 @@ class ScaLoRAModel(LoraModel):
             return
         layers = [layer for layer in self.modules() if isinstance(layer, ScaLoRALayer)]
         known = [name for name in adapters if name in self.peft_config]
-        has_change = any(layer.progress(a).columns for layer in layers for a in known if a in layer.scalora_U)
+        has_change = any(layer.accumulator(a).columns for layer in layers for a in known if layer.has_accumulator(a))
         if combination_type in _ON_ENTRIES and has_change and len(adapters) > 1:
             raise ValueError(
                 f"ScaLoRA does not support combination_type={combination_type!r} for adapters that have been rescaled: "
                 f"use {combination_type + '_svd'!r}, which acts on the whole weight change."
             )
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
-        layers = [layer for layer in layers if adapter_name in layer.scalora_U]
+        layers = [layer for layer in layers if layer.has_accumulator(adapter_name)]
         for layer in layers:
-            _combine_progress(layer, [name for name in adapters if name in layer.scalora_U], adapter_name)
+            _combine_progress(layer, [name for name in adapters if layer.has_accumulator(name)], adapter_name)
         if combination_type not in _ON_CHANGE or len(adapters) == 1:
             rank = 0
             for name in known:
-                capacities = [layer.accumulator_capacity(name) for layer in layers if name in layer.scalora_V]
+                capacities = [layer.accumulator(name).capacity for layer in layers if layer.has_accumulator(name)]
                 rank += max(capacities, default=0)
             self.peft_config[adapter_name].accumulator_rank = rank or None
             for layer in layers:
-                parts = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.scalora_U]
+                parts = [(name, weight) for name, weight in zip(adapters, weights) if layer.has_accumulator(name)]
                 _combine_accumulated(layer, parts, adapter_name, rank)
 
 
@@ -260,19 +264,15 @@ def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], ne
     """Give the new adapter Σ weight · U V of the parts, in an accumulator of that rank."""
     if not parts:
         return
-    products = [(layer.accumulated_product(name), weight) for name, weight in parts]
+    products = [(layer.accumulator(name).factors(), weight) for name, weight in parts]
     U = torch.cat([weight * U for (U, _), weight in products], 1)
     V = torch.cat([V for (_, V), _ in products], 0)
-    if layer.is_dense(new_name):
-        layer.scalora_U[new_name] = U @ V
-        layer.progress(new_name).columns = 1
-        return
-    room = min(rank, U.shape[0], V.shape[1])
+    accumulator = layer.accumulator(new_name)
+    room = min(rank, *accumulator.shape)
     if U.shape[1] > room:
         (U,), (V,), _ = truncate(U[None], V[None], room)
-    unused = room - U.shape[1]
-    layer.scalora_U[new_name], layer.scalora_V[new_name] = pad(U, (0, unused)), pad(V, (0, 0, 0, unused))
-    layer.progress(new_name).columns = U.shape[1]
+    accumulator.allocate(accumulator.shape, room, U.device)
+    accumulator.replace([accumulator], U[None], V[None])
 
 
 def _is_trained(layer: ScaLoRALayer, adapter: str, config: ScaLoRAConfig) -> bool:
@@ -287,7 +287,7 @@ def _is_trained(layer: ScaLoRALayer, adapter: str, config: ScaLoRAConfig) -> boo
 
 def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
     """A layer that was trained though nobody counted its steps would be plain LoRA without anybody noticing."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ScaLoRALayer) and adapter in m.scalora_U}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ScaLoRALayer) and m.has_accumulator(adapter)}
     uncounted = [name for name, layer in layers.items() if not layer.progress(adapter).numbers.any()]
     missed = [name for name in uncounted if _is_trained(layers[name], adapter, config)]
     if missed:

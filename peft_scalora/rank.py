@@ -30,13 +30,6 @@ def change_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return lora_B.detach().flatten(1).float() * layer.scaling[adapter], lora_A.detach().flatten(1).float()
 
 
-def change_singular_values(layer: LoraLayer, adapter: str) -> Tensor:
-    """Singular values of a layer's whole weight change, descending, float64 (k of them)."""
-    if isinstance(layer, ScaLoRALayer):
-        return layer.change_singular_values(adapter)
-    return singular_values(*change_factors(layer, adapter))
-
-
 def effective_rank(model: nn.Module, tol: float = 0.01, adapter_name: str = "default") -> dict[str, int]:
     """Rank of the whole weight change by layer: the number of singular values above `tol` times the largest.
 
@@ -50,4 +43,5 @@ def effective_rank(model: nn.Module, tol: float = 0.01, adapter_name: str = "def
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"model has no LoRA or ScaLoRA layer with adapter_name={adapter_name!r}.")
-    return {name: int(count_above(change_singular_values(layer, adapter_name), tol)) for name, layer in layers.items()}
+    sigmas = {name: singular_values(*change_factors(layer, adapter_name)) for name, layer in layers.items()}
+    return {name: int(count_above(sigma, tol)) for name, sigma in sigmas.items()}

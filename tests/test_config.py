@@ -70,7 +70,6 @@ def test_every_own_field_is_documented():
         ("smoothness", 0.5),
         ("smoothness", 1e-30),
         ("accumulator", "factored"),
-        ("accumulator", "dense"),
         ("accumulator_rank", None),
         ("accumulator_rank", 1),
     ],
@@ -87,9 +86,10 @@ def test_valid_values(field, value):
         ("scaling", None, "one of 'column', 'scalar', 'exact'"),
         ("scaling", 1, "one of 'column', 'scalar', 'exact'"),
         ("scaling", ["column"], "one of 'column', 'scalar', 'exact'"),
-        ("accumulator", "sparse", "one of 'factored', 'dense'"),
-        ("accumulator", None, "one of 'factored', 'dense'"),
-        ("accumulator", True, "one of 'factored', 'dense'"),
+        ("accumulator", "sparse", "one of 'factored'"),
+        ("accumulator", None, "one of 'factored'"),
+        ("accumulator", True, "one of 'factored'"),
+        ("accumulator", "dense", "accumulator_rank of at least min"),
         ("scaling_interval", 0, "whole number, 1 or more"),
         ("scaling_interval", -1, "whole number, 1 or more"),
         ("scaling_interval", True, "whole number, 1 or more"),
@@ -131,17 +131,11 @@ def test_invalid_values_are_refused_by_name_value_and_remedy(field, value, remed
         ({"r": 4, "accumulator_rank": 10**6}, [(4, 14), (4, 10)]),
         ({"r": 1, "rank_pattern": {"lin1": 3}}, [(1, 8), (3, 10)]),
         ({"r": 4, "accumulator_rank": 1}, [(4, 1), (4, 1)]),
-        ({"r": 4, "accumulator": "dense"}, [(4, 0), (4, 0)]),
     ],
     ids=str,
 )
 def test_accumulator_rank_is_8_r_unless_given_and_never_above_the_weight(options, expected):
     assert layer_ranks(**options) == expected
-
-
-def test_dense_accumulator_holds_the_weight():
-    model = get_peft_model(Linears(), ScaLoRAConfig(target_modules=["lin0"], accumulator="dense", accumulator_rank=3))
-    assert model.base_model.model.lin0.scalora_U["default"].shape == (18, 14)
 
 
 # LoraConfig's fields that contradict the method.
@@ -236,7 +230,7 @@ ROUND_TRIPS = [
         "scaling": "exact",
         "scaling_interval": 3,
         "smoothness": 2.5,
-        "accumulator": "dense",
+        "accumulator": "factored",
         "accumulator_rank": 7,
         "target_modules": ["q_proj", "v_proj"],
         "rank_pattern": {"q_proj": 4},

@@ -114,9 +114,8 @@ def test_kernels_for_each_shape():
 
 
 @pytest.mark.parametrize("scaling", ["column", "scalar", "exact"])
-@pytest.mark.parametrize("accumulator", ["factored", "dense"])
-def test_a_rescaling_reads_no_device_value(scaling, accumulator):
-    recorder = record(3, scaling=scaling, accumulator=accumulator)
+def test_a_rescaling_reads_no_device_value(scaling):
+    recorder = record(3, scaling=scaling)
     assert recorder.kernels and recorder.reads == []
 
 

@@ -64,7 +64,7 @@ ANCHORED = {  # by names in the base model, as in PEFT's documentation
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"accumulator": "dense"}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 4}}, ANCHORED]
+    "overrides", [{}, {"accumulator_rank": 64}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 4}}, ANCHORED]
 )
 def test_exact_export_is_plain_lora_with_the_same_output(tmp_path, overrides):
     model = trained_llama(**overrides)

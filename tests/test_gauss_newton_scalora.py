@@ -22,7 +22,7 @@ def test_rescaling_happens_at_outer_steps(tmp_path):
 
 
 def model_and_optimizer(lr):
-    _, model = KINDS["Linear"].filled(accumulator="dense")  # which discards nothing
+    _, model = KINDS["Linear"].filled(accumulator_rank=64)  # which discards nothing
     model = model.double().train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return model, GaussNewton(named, GaussNewtonConfig(inner_optimizer="adamw", inner_steps=3), lr=lr)

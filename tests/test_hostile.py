@@ -193,7 +193,7 @@ def test_wrong_types(folder, key):
         ({"alpha_pattern": {"lin0": float("nan")}}, ["alpha_pattern['lin0']=nan"]),
         ({"accumulator_rank": 10**12}, ["accumulator_rank=1000000000000", "scalora_U.weight of shape (18, 5)"]),
         ({"accumulator_rank": 0}, ["accumulator_rank=0"]),
-        ({"accumulator": "dense"}, ["scalora_U.weight of shape (18, 5)", "want (18, 14)"]),
+        ({"accumulator": "dense"}, ["scalora_U.weight of shape (18, 5)", "want (18, 14)"]),  # as version 0.1 saved it
         ({"accumulator": "../../etc"}, ["accumulator='../../etc'"]),
         ({"lora_alpha": float("inf")}, ["lora_alpha=inf"]),
         ({"lora_alpha": None}, ["lora_alpha=None"]),

@@ -38,8 +38,8 @@ DOUBLE = {"MultiheadAttention": 1e-6}
 
 @every_layer_kind
 @every_accumulator
-def test_forward_is_that_of_the_dense_weight(kind, accumulator):
-    base, model = kind.filled(accumulator=accumulator)
+def test_forward_is_that_of_the_dense_weight(kind, accumulator_rank):
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     x = kind.inputs()
     expected = oracle(base, model, x)
     assert distance(output(model, x), expected) < 1e-5
@@ -49,9 +49,9 @@ def test_forward_is_that_of_the_dense_weight(kind, accumulator):
 
 @every_layer_kind
 @every_accumulator
-def test_forward_and_gradients_in_float64(request, kind, accumulator):
+def test_forward_and_gradients_in_float64(request, kind, accumulator_rank):
     """lora_A, lora_B and the input get the gradients that autograd gives the explicit model."""
-    base, model = kind.filled(accumulator=accumulator)
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     tolerance = DOUBLE.get(request.node.callspec.id.split("-")[-1], 1e-12)
     model = model.double()
     x, dense_x = double(kind.inputs()), double(kind.inputs())
@@ -84,7 +84,7 @@ def test_forward_and_gradients_in_float64(request, kind, accumulator):
 
 @every_layer_kind
 def test_training_moves_the_function_past_rank_r(kind):
-    _, model = kind.filled(accumulator="dense")
+    _, model = kind.filled(accumulator_rank=64)
     for layer, tensors in saved_tensors(model).items():
         change = change_of(tensors, SCALE)
         assert torch.linalg.matrix_rank(change, rtol=1e-5) > min(2, min(change.shape) - 1), layer
@@ -92,8 +92,8 @@ def test_training_moves_the_function_past_rank_r(kind):
 
 @every_layer_kind
 @every_accumulator
-def test_disabled_adapter_is_the_base_model(request, kind, accumulator):
-    base, model = kind.filled(accumulator=accumulator)
+def test_disabled_adapter_is_the_base_model(request, kind, accumulator_rank):
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     x = kind.inputs()
     with model.disable_adapter():
         disabled = output(model, x)
@@ -120,8 +120,8 @@ def test_training_leaves_the_base_weights_bit_identical(request, kind):
 
 @every_layer_kind
 @every_accumulator
-def test_delta_weight_is_the_whole_change(kind, accumulator):
-    base, model = kind.filled(accumulator=accumulator)
+def test_delta_weight_is_the_whole_change(kind, accumulator_rank):
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     layers = {name.replace(".base_layer", ""): layer for name, layer in scalora_layers(model.get_base_model()).items()}
     tensors = saved_tensors(model)
     assert layers.keys() == tensors.keys()
@@ -132,8 +132,8 @@ def test_delta_weight_is_the_whole_change(kind, accumulator):
 
 @pytest.mark.parametrize("name", ["Linear", "Conv1D", "Embedding", "Conv2d"])
 @every_accumulator
-def test_merging_in_float64_is_exact(name, accumulator):
-    base, model = KINDS[name].filled(accumulator=accumulator)
+def test_merging_in_float64_is_exact(name, accumulator_rank):
+    base, model = KINDS[name].filled(accumulator_rank=accumulator_rank)
     model, x = model.double(), double(KINDS[name].inputs())
     expected = oracle(base, model, x)
     assert all(layer.get_delta_weight("default").dtype == torch.float64 for layer in scalora_layers(model).values())

@@ -30,8 +30,8 @@ from peft_scalora import rescale
 @every_layer_kind
 @every_accumulator
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_merge_and_unmerge(kind, accumulator, safe_merge):
-    base, model = kind.filled(accumulator=accumulator)
+def test_merge_and_unmerge(kind, accumulator_rank, safe_merge):
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     x = kind.inputs()
     expected = oracle(base, model, x)
     model.merge_adapter(safe_merge=safe_merge)
@@ -44,8 +44,8 @@ def test_merge_and_unmerge(kind, accumulator, safe_merge):
 
 @every_layer_kind
 @every_accumulator
-def test_merge_and_unload_gives_the_plain_model(kind, accumulator):
-    base, model = kind.filled(accumulator=accumulator)
+def test_merge_and_unload_gives_the_plain_model(kind, accumulator_rank):
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     x = kind.inputs()
     expected = oracle(base, model, x)
     plain = model.merge_and_unload(safe_merge=True)
@@ -94,8 +94,8 @@ def test_merging_into_a_bfloat16_base_rounds_the_sum_once():
 
 @every_layer_kind
 @every_accumulator
-def test_set_scale_scales_the_whole_change(kind, accumulator):
-    base, model = kind.filled(accumulator=accumulator)
+def test_set_scale_scales_the_whole_change(kind, accumulator_rank):
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     x = kind.inputs()
     for factor in (0.0, 0.3, -1.0, 2.0, 1.0):
         for layer in scalora_layers(model).values():
@@ -109,9 +109,9 @@ def test_set_scale_scales_the_whole_change(kind, accumulator):
 
 @pytest.mark.parametrize("name", ["Linear", "Conv1D", "Conv2d", "MultiheadAttention", "Llama"])
 @every_accumulator
-def test_scale_layer_unscale_layer_and_rescale_adapter_scale(name, accumulator):
+def test_scale_layer_unscale_layer_and_rescale_adapter_scale(name, accumulator_rank):
     options = {"target_modules": ["q_proj", "down_proj"]} if name == "Llama" else {}
-    base, model = KINDS[name].filled(accumulator=accumulator, **options)
+    base, model = KINDS[name].filled(accumulator_rank=accumulator_rank, **options)
     x = KINDS[name].inputs()
     layers = scalora_layers(model).values()
 

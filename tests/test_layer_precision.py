@@ -93,8 +93,8 @@ def test_training_in_low_precision_folds_into_float32(dtype):
 
 @pytest.mark.parametrize("name", ["Linear", "Conv1D", "Embedding", "Conv2d", "MultiheadAttention"])
 @every_accumulator
-def test_autocast_agrees_with_the_plain_run_within_bfloat16(name, accumulator):
-    base, model = KINDS[name].filled(accumulator=accumulator)
+def test_autocast_agrees_with_the_plain_run_within_bfloat16(name, accumulator_rank):
+    base, model = KINDS[name].filled(accumulator_rank=accumulator_rank)
     x, grads = KINDS[name].inputs(), []
     for enabled in (False, True):
         model.zero_grad()
@@ -145,9 +145,9 @@ def quantized_linears(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @every_accumulator
-def test_quantized_linear(bits, accumulator):
+def test_quantized_linear(bits, accumulator_rank):
     """Base output of the quantized layer itself, plus the dense change in float64."""
-    config = scalora_config(target_modules=["lin0", "lin1"], accumulator=accumulator)
+    config = scalora_config(target_modules=["lin0", "lin1"], accumulator_rank=accumulator_rank)
     model = get_peft_model(quantized_linears(bits), config)
     before = {k: v.clone() for k, v in model.state_dict().items() if "base_layer" in k}
     fill(model)
@@ -208,9 +208,9 @@ def quantized_and_back(weight, bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @every_accumulator
-def test_merging_into_a_quantized_base_merges_the_whole_change(bits, accumulator):
+def test_merging_into_a_quantized_base_merges_the_whole_change(bits, accumulator_rank):
     """The merged weight is the quantized sum of the base weight and the dense change."""
-    config = scalora_config(target_modules=["lin0"], accumulator=accumulator)
+    config = scalora_config(target_modules=["lin0"], accumulator_rank=accumulator_rank)
     model = fill(get_peft_model(quantized_linears(bits), config))
     layer = model.base_model.model.lin0
     tensors = saved_tensors(model)["lin0"]

@@ -34,11 +34,11 @@ MIXED = ["Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Llama"]  # PEFT r
 
 @every_kind
 @every_accumulator
-def test_training_one_adapter_leaves_the_other_alone(name, accumulator):
+def test_training_one_adapter_leaves_the_other_alone(name, accumulator_rank):
     kind = KINDS[name]
-    _, model = kind.filled(accumulator=accumulator)
+    _, model = kind.filled(accumulator_rank=accumulator_rank)
     before = state_of(model, "default")
-    model.add_adapter("other", kind.config(accumulator=accumulator))
+    model.add_adapter("other", kind.config(accumulator_rank=accumulator_rank))
     fill(model, "other", kind.inputs(), seed=7)
     after = state_of(model, "default")
     assert before.keys() == after.keys()
@@ -48,8 +48,8 @@ def test_training_one_adapter_leaves_the_other_alone(name, accumulator):
 
 @every_kind
 @every_accumulator
-def test_set_adapter_chooses_the_whole_change(name, accumulator):
-    base, model, x = two_adapters(name, accumulator=accumulator)
+def test_set_adapter_chooses_the_whole_change(name, accumulator_rank):
+    base, model, x = two_adapters(name, accumulator_rank=accumulator_rank)
     for adapter in ("default", "other", "default"):
         model.set_adapter(adapter)
         assert distance(output(model, x), oracle(base, model, x, adapter=adapter)) < 1e-5
@@ -74,9 +74,9 @@ def test_two_active_adapters_add_up(name):
 
 @pytest.mark.parametrize("name", MIXED)
 @every_accumulator
-def test_mixed_batch(name, accumulator):
+def test_mixed_batch(name, accumulator_rank):
     """Every row is computed as with its own adapter, of whatever rank, or by the base model."""
-    base, model, x = two_adapters(name, {"accumulator_rank": 3, "r": 3, "lora_alpha": 4}, accumulator=accumulator)
+    base, model, x = two_adapters(name, {"r": 3, "lora_alpha": 4}, accumulator_rank=accumulator_rank)
     names = ["other", "__base__", "default", "other", "default"][: len(x)]
     result = output(model, x, adapter_names=names)
     own = {
@@ -186,10 +186,10 @@ def test_ddp_is_told_to_leave_the_accumulated_state_alone():
 
 @every_kind
 @every_accumulator
-def test_deepcopy_trains_on_its_own(name, accumulator):
+def test_deepcopy_trains_on_its_own(name, accumulator_rank):
     """The copy's layers are found by the optimizer hook, the original's are left alone."""
     kind = KINDS[name]
-    base, model = kind.filled(accumulator=accumulator)
+    base, model = kind.filled(accumulator_rank=accumulator_rank)
     x, before = kind.inputs(), state_of(model, "default")
     twin = copy.deepcopy(model)
     assert torch.equal(output(twin, x), output(model, x))

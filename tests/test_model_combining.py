@@ -36,10 +36,10 @@ from peft_scalora import ScaLoRAConfig
 
 @pytest.mark.parametrize("name", ["Linear", "Conv1D", "Llama"])  # PEFT converts linear layers only
 @every_accumulator
-def test_save_as_lora_is_the_best_plain_lora(tmp_path, name, accumulator):
+def test_save_as_lora_is_the_best_plain_lora(tmp_path, name, accumulator_rank):
     """At full rank the plain adapter computes the same; at a lower one it is the truncated SVD of the whole change."""
     options = {"target_modules": ["q_proj", "v_proj"]} if name == "Llama" else {}
-    base, model = KINDS[name].filled(accumulator=accumulator, **options)
+    base, model = KINDS[name].filled(accumulator_rank=accumulator_rank, **options)
     x, tensors = KINDS[name].inputs(), saved_tensors(model)
     full = min(min(change_of(t, SCALE).shape) for t in tensors.values())
     for rank in (full, 3):
@@ -84,8 +84,8 @@ def accumulated(model, adapter):
 
 @pytest.mark.parametrize("name", [*MATRIX_KINDS, "Conv1d", "Conv3d"])
 @every_accumulator
-def test_cat_is_the_exact_weighted_sum(name, accumulator):
-    base, model, x = two_adapters(name, accumulator=accumulator)
+def test_cat_is_the_exact_weighted_sum(name, accumulator_rank):
+    base, model, x = two_adapters(name, accumulator_rank=accumulator_rank)
     model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", combination_type="cat")
     expected = weighted_sum(model, ["default", "other"], WEIGHTS)
     for layer, change in changes(model, "sum", 1.0).items():
@@ -108,9 +108,9 @@ def test_one_adapter_times_a_weight(name, weight, combination_type):
 
 @pytest.mark.parametrize("name", MATRIX_KINDS)
 @every_accumulator
-def test_linear_adds_the_accumulated_changes(name, accumulator):
+def test_linear_adds_the_accumulated_changes(name, accumulator_rank):
     """The factors are combined as PEFT combines plain LoRA's; U V by the weighted sum of the U V."""
-    _, model, _ = two_adapters(name, accumulator=accumulator)
+    _, model, _ = two_adapters(name, accumulator_rank=accumulator_rank)
     model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", combination_type="linear")
     parts = [accumulated(model, adapter) for adapter in ("default", "other")]
     for layer, change in accumulated(model, "sum").items():
@@ -128,8 +128,8 @@ def test_linear_adds_the_accumulated_changes(name, accumulator):
 
 @pytest.mark.parametrize("name", MATRIX_KINDS)
 @every_accumulator
-def test_svd_is_the_best_approximation_of_the_weighted_sum(name, accumulator):
-    _, model, _ = two_adapters(name, accumulator=accumulator)
+def test_svd_is_the_best_approximation_of_the_weighted_sum(name, accumulator_rank):
+    _, model, _ = two_adapters(name, accumulator_rank=accumulator_rank)
     expected = weighted_sum(model, ["default", "other"], WEIGHTS)
     model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", combination_type="svd", svd_rank=4)
     for layer, change in changes(model, "sum", 1.0).items():
@@ -201,9 +201,9 @@ def test_unknown_combinations_are_refused_as_by_peft():
 
 
 @every_accumulator
-def test_combining_adapters_at_a_changed_scale(accumulator):
+def test_combining_adapters_at_a_changed_scale(accumulator_rank):
     """set_scale acts on the whole change of a part, as everywhere."""
-    _, model, _ = two_adapters("Linear", accumulator=accumulator)
+    _, model, _ = two_adapters("Linear", accumulator_rank=accumulator_rank)
     for layer in scalora_layers(model).values():
         layer.set_scale("other", 0.5)
     model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", combination_type="cat")
@@ -217,8 +217,7 @@ COMBINATIONS = {
     "different ranks": ({}, {"r": 4, "lora_alpha": 6}),
     "different layers": ({"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
     "one layer in common": ({"target_modules": ["lin0"]}, {}),
-    "dense and factored": ({"accumulator": "dense"}, {"accumulator": "factored"}),
-    "factored and dense": ({"accumulator": "factored"}, {"accumulator": "dense"}),
+    "one of them lossless": ({"accumulator_rank": 64}, {}),
     "default accumulator rank": ({"accumulator_rank": None}, {"accumulator_rank": None}),
     "rank pattern": ({"rank_pattern": {"lin0": 4}, "alpha_pattern": {"lin0": 6}}, {}),
 }
@@ -242,7 +241,7 @@ def test_combined_adapter_is_exact_and_can_be_saved_and_loaded(tmp_path, combina
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "sum").eval()
-    assert torch.equal(output(loaded, kind.inputs()), output(model, kind.inputs()))
+    assert distance(output(loaded, kind.inputs()), output(model, kind.inputs())) < 1e-6
 
 
 def test_combining_with_an_adapter_that_has_no_scalora_layer():

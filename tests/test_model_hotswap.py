@@ -12,9 +12,9 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 
 @pytest.mark.parametrize("name", ["Linear", "Conv1D", "Conv2d", "Llama"])  # PEFT cannot swap embeddings
 @every_accumulator
-def test_hotswap_gives_the_swapped_in_adapter(tmp_path, name, accumulator):
+def test_hotswap_gives_the_swapped_in_adapter(tmp_path, name, accumulator_rank):
     options = {"target_modules": ["q_proj", "v_proj"]} if name == "Llama" else {}
-    base, first, second, x = saved_pair(tmp_path, name, accumulator=accumulator, accumulator_rank=20, **options)
+    base, first, second, x = saved_pair(tmp_path, name, accumulator_rank=accumulator_rank, **options)
     model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first").eval()
     assert torch.equal(output(model, x), output(first, x))
     hotswap_adapter(model, tmp_path / "second", adapter_name="default", torch_device="cpu")
@@ -81,7 +81,6 @@ def test_hotswap_after_preparing_overwrote_the_configured_rank_is_refused(tmp_pa
         ("r", {"r": 3, "lora_alpha": 3}),
         ("lora_alpha", {"lora_alpha": 4}),
         ("accumulator_rank", {"accumulator_rank": 4}),
-        ("accumulator", {"accumulator": "dense"}),
         ("use_rslora", {"use_rslora": True}),
         ("alpha_pattern", {"alpha_pattern": {"lin0": 5}}),
         ("rank_pattern", {"rank_pattern": {"lin0": 5}}),

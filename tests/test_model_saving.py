@@ -41,8 +41,8 @@ from peft_scalora.version import install_command
 @every_kind
 @every_accumulator
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load_is_exact(tmp_path, name, accumulator, low_cpu_mem_usage):
-    base, model = KINDS[name].filled(accumulator=accumulator)
+def test_save_and_load_is_exact(tmp_path, name, accumulator_rank, low_cpu_mem_usage):
+    base, model = KINDS[name].filled(accumulator_rank=accumulator_rank)
     x = KINDS[name].inputs()
     if name == "MultiheadAttention":  # its base weights drift as PEFT merges and unmerges them
         base = copy.deepcopy(model).unload()
@@ -70,8 +70,8 @@ def test_save_and_load_is_exact(tmp_path, name, accumulator, low_cpu_mem_usage):
 
 @every_kind
 @every_accumulator
-def test_saved_file_holds_the_adapter_and_nothing_else(tmp_path, name, accumulator):
-    _, model = KINDS[name].filled(accumulator=accumulator)
+def test_saved_file_holds_the_adapter_and_nothing_else(tmp_path, name, accumulator_rank):
+    _, model = KINDS[name].filled(accumulator_rank=accumulator_rank)
     save(model, tmp_path, save_embedding_layers=False)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     for layer, expected in saved_tensors(model).items():
@@ -87,8 +87,8 @@ def test_saved_file_holds_the_adapter_and_nothing_else(tmp_path, name, accumulat
 
 @pytest.mark.parametrize("name", ["Linear", "Embedding", "Llama", "BERT"])
 @every_accumulator
-def test_save_load_save_gives_the_same_bytes(tmp_path, name, accumulator):
-    base, model = KINDS[name].filled(accumulator=accumulator)
+def test_save_load_save_gives_the_same_bytes(tmp_path, name, accumulator_rank):
+    base, model = KINDS[name].filled(accumulator_rank=accumulator_rank)
     save(model, tmp_path / "first")
     save(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first"), tmp_path / "second")
     files = {"adapter_model.safetensors", "adapter_config.json", "README.md"}

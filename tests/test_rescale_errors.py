@@ -53,7 +53,7 @@ def spoiled(kind, model):
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD momentum", "bnb AdamW32bit", "bnb AdamW8bit"])
 @pytest.mark.parametrize(
-    "config", [{"accumulator": "dense"}, {}, {"accumulator_rank": 4}], ids=["dense", "room", "full"]
+    "config", [{"accumulator_rank": 64}, {}, {"accumulator_rank": 4}], ids=["lossless", "room", "full"]
 )
 @pytest.mark.parametrize("kind", ["nan", "inf", "zero", "missing", "both missing", "nan factor"])
 def test_a_layer_without_a_usable_gradient_is_skipped_alone(kind, config, name):

@@ -79,7 +79,7 @@ def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
     """With the scale that the layer has, which need not be that of its configuration."""
     if saved.U is None:
         return saved
-    U = saved.U * float(layer._relative_scale(adapter))
+    U = saved.U * float(layer.accumulator(adapter).scale)
     return replace(saved, scaling=float(layer.scaling[adapter]), U=U)
 
 

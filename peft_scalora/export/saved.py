@@ -10,8 +10,18 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..accumulator import ACCUMULATORS
 from ..config import ScaLoRAConfig
-from ..files.checks import FACTOR_KEYS, WEIGHTS_NAME, check_folder, check_values, pattern_value, refuse_other_weights
+from ..files.checks import (
+    FACTOR_KEYS,
+    PROGRESS_KEY,
+    WEIGHTS_NAME,
+    check_folder,
+    check_values,
+    pattern_value,
+    refuse_other_weights,
+)
+from ..files.upgrade import upgraded
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class SavedLayer:
         return torch.cat([P, self.U], 1), torch.cat([Q, self.V], 0)
 
 
-def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, SavedLayer]:
+def saved_layers(state: dict[str, Tensor], config: ScaLoRAConfig) -> dict[str, SavedLayer]:
     """The layers of an adapter's state dict (keys without adapter names), by module name."""
     layers = {}
     for suffix_B, suffix_A in FACTOR_KEYS:
@@ -45,11 +55,10 @@ def saved_layers(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Save
             name = key.removesuffix(f".{suffix_A}")
             U = V = None
             discarded = 0.0
-            if f"{name}.scalora_U.weight" in state:
-                columns = int(state[f"{name}.scalora_progress.weight"][2])
-                U, V = state[f"{name}.scalora_U.weight"], state[f"{name}.scalora_V.weight"]
-                # A dense accumulator has no V.
-                U, V = (U, torch.eye(U.shape[1])) if V.shape[0] == 0 else (U[:, :columns], V[:columns])
+            if f"{name}.{PROGRESS_KEY}" in state:
+                accumulator = ACCUMULATORS[config.accumulator]
+                tensors = {part: state[f"{name}.{part}.weight"] for part in accumulator.shapes((0, 0), 0)}
+                U, V = accumulator.stored(tensors, columns=int(state[f"{name}.{PROGRESS_KEY}"][2]))
                 discarded = float(state[f"{name}.scalora_norms.weight"][1])
             key_B = f"{name}.{suffix_B}"
             scaling = _scaling(config, name, state[key].shape[0])
@@ -81,6 +90,6 @@ def read_adapter(folder: str) -> tuple[ScaLoRAConfig, dict[str, Tensor]]:
         raise ValueError(f"adapter={folder!r} is of type {config.peft_type}, not SCALORA: there is nothing to convert.")
     check_folder(folder, config)
     path = os.path.join(folder, WEIGHTS_NAME)
-    state = load_file(path)
+    state = upgraded(load_file(path))
     check_values(state, path)
     return config, state

@@ -29,7 +29,8 @@ _OTHER_WEIGHTS = {
 # Where a layer's factors are, linear and convolution layers first, then embeddings.
 FACTOR_KEYS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
 PREFIX = "base_model.model."  # of a saved layer, before its name in the base model
-STATE_KEYS = ("scalora_U.weight", "scalora_V.weight", "scalora_norms.weight", "scalora_progress.weight")
+PROGRESS_KEY = "scalora_progress.weight"
+_STATE_SHAPES = {"scalora_norms.weight": (2,), PROGRESS_KEY: (3,)}
 _REMEDY = "The adapter is damaged or not what it says: fetch or save it again."
 
 
@@ -84,21 +85,29 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, sour
 
 
 def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, config: LoraConfig, source: str) -> None:
-    if not any(name + key in shapes for key in STATE_KEYS):
+    if not any(key.startswith(f"{name}scalora_") for key in shapes):
         return  # plain LoRA, in a shape that PEFT knows
     A, B = shapes[name + suffix_A], shapes.get(name + suffix_B, ())
     r = pattern_value(config.rank_pattern, name.removesuffix("."), config.r)
     out_features, in_features = B[0] if B else 0, prod(A[1:])
-    R = accumulator_rank(config.accumulator_rank, r, out_features, in_features)
-    dense = config.accumulator == "dense"
-    U, V = (out_features, in_features if dense else R), (0 if dense else R, in_features)
-    expected = {suffix_A: (r, *A[1:]), suffix_B: (out_features, r, *B[2:])} | dict(zip(STATE_KEYS, (U, V, (2,), (3,))))
+    expected = {suffix_A: (r, *A[1:]), suffix_B: (out_features, r, *B[2:])} | _STATE_SHAPES
+    for key, shape in config.accumulator_shapes(r, out_features, in_features).items():
+        expected[f"{key}.weight"] = shape
+    if shapes.get(f"{name}scalora_V.weight") == (0, in_features):
+        expected.update(_dense_shapes(config, r, out_features, in_features))
     for key, shape in expected.items():
         if shapes.get(name + key) != shape:
             raise ValueError(
                 f"{source} has {name}{key} of shape {shapes.get(name + key, 'missing')} where r={r}, accumulator="
                 f"{config.accumulator!r} and accumulator_rank={config.accumulator_rank} want {shape}. {_REMEDY}"
             )
+
+
+def _dense_shapes(config: LoraConfig, r: int, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a dense accumulator (version 0.1), if one that loses nothing is to hold it."""
+    if config.accumulator_rank_for(r, out_features, in_features) < min(out_features, in_features):
+        return {}
+    return {"scalora_U.weight": (out_features, in_features), "scalora_V.weight": (0, in_features)}
 
 
 def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:

@@ -33,7 +33,7 @@ def _targets_of(optimizer: torch.optim.Optimizer) -> list[Target]:
     """
     owners = {}
     for layer in LAYERS:
-        for adapter in layer.scalora_U:
+        for adapter in layer.scalora_config:
             lora_B, lora_A = layer.factors(adapter)
             owners[id(lora_A)] = owners[id(lora_B)] = (layer, adapter, lora_B, lora_A)
     rates = {id(p): _base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
@@ -80,7 +80,7 @@ def rescale(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     targets = [
         Target(layer, adapter, *layer.factors(adapter), None, None)
         for layer in layers
-        for adapter in layer.scalora_U
+        for adapter in layer.scalora_config
         if all(factor.requires_grad for factor in layer.factors(adapter))
     ]
     return _rescale(targets, OptimizerState.of(None))
@@ -205,7 +205,7 @@ def _count_step(optimizer: torch.optim.Optimizer) -> None:
 def before_zero_step(engine) -> None:
     """Runs before every optimizer step of a DeepSpeed engine."""
     layers = [module for module in engine.module.modules() if isinstance(module, ScaLoRALayer)]
-    factors = [(layer, adapter, *layer.factors(adapter)) for layer in layers for adapter in layer.scalora_U]
+    factors = [(layer, adapter, *layer.factors(adapter)) for layer in layers for adapter in layer.scalora_config]
     factors = [found for found in factors if is_zero(found[-1])]
     if not factors:
         return

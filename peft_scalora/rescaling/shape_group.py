@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..accumulator import Accumulator
 from ..layer import ScaLoRALayer
 from ..maths.accumulator import fold_factors, rounded_fold_factors, truncation
 from ..maths.scaling import SCALINGS, column_scales, gram_matrices
@@ -40,15 +40,18 @@ class Target:
     def group_key(self, optimizer: OptimizerState) -> tuple:
         """Targets with equal keys are rescaled as one batch."""
         layer, adapter, config = self.layer, self.adapter, self.layer.scalora_config[self.adapter]
-        columns = layer.progress(adapter).columns
-        accumulator = (layer.scalora_U[adapter].shape, layer.scalora_V[adapter].shape, columns)
+        accumulator = self.accumulator
+        held = type(accumulator), accumulator.shape, accumulator.capacity, accumulator.columns
         factors = (self.lora_B.shape, self.lora_A.shape, self.lora_B.dtype, self.lora_A.dtype, self.lora_B.device)
         states = [tuple(optimizer.carried(factor)) for factor in (self.lora_B, self.lora_A)]
-        return *factors, *accumulator, *states, config.scaling, layer.initial_scaling(adapter), self.squared_norms()
+        return *factors, *held, *states, config.scaling, layer.initial_scaling(adapter), self.squared_norms()
+
+    @property
+    def accumulator(self) -> Accumulator:
+        return self.layer.accumulator(self.adapter)
 
     def rescaled_tensors(self) -> dict[str, Tensor]:
-        U, V = self.layer.scalora_U[self.adapter], self.layer.scalora_V[self.adapter]
-        return {"scalora_U": U, "scalora_V": V, "lora_B": self.lora_B, "lora_A": self.lora_A}
+        return self.accumulator.tensors | {"lora_B": self.lora_B, "lora_A": self.lora_A}
 
     def squared_norms(self) -> tuple[float, float] | None:
         """1 / (L η s²) for α and for β; None with smoothness="auto". Paper A is stepped with lora_B's rate, and α
@@ -89,8 +92,7 @@ class ShapeGroup:
         self.A_LMR, self.B_LRN = self.S_A_LMK.chunk(2, -1)[0], self.S_B_LKN.chunk(2, -2)[1]
         self.s = self.layer.initial_scaling(self.adapter)
         self.scaling = self.layer.scalora_config[self.adapter].scaling
-        self.is_dense = self.layer.is_dense(self.adapter)
-        self.U, self.V = ([getattr(t.layer, n)[t.adapter] for t in targets] for n in ("scalora_U", "scalora_V"))
+        self.accumulators = [target.accumulator for target in targets]
 
     def take_scales(
         self,
@@ -131,48 +133,32 @@ class ShapeGroup:
         for target in self.targets:
             target.layer.progress(target.adapter).rescalings += 1
 
-    # The accumulators: U and V with `columns` in use, of `room`.
+    # The accumulators.
 
     @property
     def columns(self) -> int:
-        return self.layer.progress(self.adapter).columns
-
-    @columns.setter
-    def columns(self, columns: int) -> None:
-        for target in self.targets:
-            target.layer.progress(target.adapter).columns = columns
-
-    @property
-    def room(self) -> int:
-        return self.V[0].shape[0]
+        """Columns that the accumulators have in use with this fold."""
+        return self.accumulators[0].columns + self.dU_LMR.shape[-1]
 
     @property
     def kept(self) -> int:
         """Columns that a recompression keeps: all where R columns hold any change without loss."""
-        is_lossless, added = self.room >= min(self.U[0].shape[0], self.V[0].shape[1]), self.dU_LMR.shape[-1]
-        return self.room if is_lossless else self.room - int(self.room * _FREE_PART) // added * added
+        capacity, added = self.accumulators[0].capacity, self.dU_LMR.shape[-1]
+        return capacity if self.accumulators[0].is_lossless else capacity - int(capacity * _FREE_PART) // added * added
 
     def fits(self) -> bool:
-        return self.is_dense or self.columns + self.dU_LMR.shape[-1] <= self.room
+        return self.accumulators[0].fits(self.dU_LMR.shape[-1])
 
     def append(self) -> None:
         """Add folds that fit."""
-        if self.is_dense:
-            torch._foreach_add_(self.U, list((self.dU_LMR @ self.dV_LRN).unbind()))
-            self.columns = 1
-            return
-        old, new = self.columns, self.columns + self.dU_LMR.shape[-1]
-        torch._foreach_copy_([U[:, old:new] for U in self.U], list(self.dU_LMR.unbind()))
-        torch._foreach_copy_([V[old:new] for V in self.V], list(self.dV_LRN.unbind()))
-        self.columns = new
+        type(self.accumulators[0]).append(self.accumulators, self.dU_LMR, self.dV_LRN)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """[U | dU] and [V; dV] in float64, a few layers at a time."""
-        columns, added = self.columns, self.dU_LMR.shape[-1]
-        step = max(1, _WORKSPACE // ((self.dU_LMR.shape[-2] + self.dV_LRN.shape[-1]) * (columns + added)))
-        for start in range(0, len(self.U), step):
+        step = max(1, _WORKSPACE // ((self.dU_LMR.shape[-2] + self.dV_LRN.shape[-1]) * self.columns))
+        for start in range(0, len(self.accumulators), step):
             part = slice(start, start + step)
-            U, V = [U[:, :columns] for U in self.U[part]], [V[:columns] for V in self.V[part]]
+            U, V = zip(*(accumulator.in_use() for accumulator in self.accumulators[part]))
             P_LMK = _join(1, torch.float64, U, self.dU_LMR[part])
             yield part, P_LMK, _join(0, torch.float64, V, self.dV_LRN[part])
 
@@ -181,12 +167,11 @@ class ShapeGroup:
         grams = [gram_matrices(P_LMK, Q_LKN) for _, P_LMK, Q_LKN in self._parts()]
         return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grams))
 
-    def compress(self, left_LKR: Tensor, right_LRK: Tensor, columns: int) -> None:
-        """Replace U by [U | dU] left and V by right [V; dV], of which `columns` are not zero."""
+    def compress(self, left_LKR: Tensor, right_LRK: Tensor) -> None:
+        """Replace U by [U | dU] left and V by right [V; dV]."""
         for part, P_LMK, Q_LKN in self._parts():
-            torch._foreach_copy_(self.U[part], list((P_LMK @ left_LKR[part]).unbind()))
-            torch._foreach_copy_(self.V[part], list((right_LRK[part] @ Q_LKN).unbind()))
-        self.columns = columns
+            accumulators = self.accumulators[part]
+            type(accumulators[0]).replace(accumulators, P_LMK @ left_LKR[part], right_LRK[part] @ Q_LKN)
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
@@ -235,14 +220,13 @@ def accumulate(groups: list[ShapeGroup], report: RescaleReport) -> None:
         if group.fits():
             group.append()
         else:
-            full[group.columns + group.dU_LMR.shape[-1], group.room, group.kept, group.U[0].device].append(group)
-    for (_, room, columns, _), batch in full.items():
+            full[group.columns, group.kept, group.dU_LMR.device].append(group)
+    for (_, kept, _), batch in full.items():
         grams = zip(*(group.grams() for group in batch))
-        left_LKR, right_LRK, discarded_L = truncation(*map(_cat, grams), columns)
-        left_LKR, right_LRK = F.pad(left_LKR, (0, room - columns)), F.pad(right_LRK, (0, 0, 0, room - columns))
+        left_LKR, right_LRK, discarded_L = truncation(*map(_cat, grams), kept)
         report.discarded_norms.append(discarded_L)
         norms = [t.layer.scalora_norms[t.adapter][1:] for group in batch for t in group.targets]
         torch._foreach_add_(norms, list(discarded_L.float()[:, None].unbind()))
         sizes = [len(group.targets) for group in batch]
         for group, left, right in zip(batch, left_LKR.split(sizes), right_LRK.split(sizes)):
-            group.compress(left, right, columns)
+            group.compress(left, right)

@@ -1,0 +1,152 @@
+"""The accumulated change U V of one adapter in one layer, as every other room speaks to it.
+
+Shape suffixes: L layers of one shape, M out_features, N in_features, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layer import ScaLoRALayer
+
+
+class Accumulator:
+    """Change that was folded out of an adapter's factors in one layer, as U (out x R) and V (R x in) in float32.
+
+    A view: it is made on demand and owns nothing. The layer holds and saves the tensors; `columns` of them are in use
+    and the others are zero. To keep folded change in another way, derive a class and put it into `ACCUMULATORS` under
+    the name that `ScaLoRAConfig(accumulator=...)` shall have.
+    """
+
+    def __init__(self, layer: ScaLoRALayer, adapter: str):
+        self.layer = layer
+        self.adapter = adapter
+
+    # The tensors that are saved.
+
+    @staticmethod
+    def shapes(shape: tuple[int, int], capacity: int) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the saved tensors for a weight of `shape` (out, in). Names need "lora_"."""
+        return {"scalora_U": (shape[0], capacity), "scalora_V": (capacity, shape[1])}
+
+    @staticmethod
+    def stored(tensors: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Tensor]:
+        """Return U (out x K) and V (K x in) that saved tensors, with K columns in use, stand for."""
+        return tensors["scalora_U"][:, :columns], tensors["scalora_V"][:columns]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The saved tensors by name."""
+        return {name: getattr(self.layer, name)[self.adapter] for name in self.shapes((0, 0), 0)}
+
+    def allocate(self, shape: tuple[int, int], capacity: int, device: torch.device) -> None:
+        """Create the tensors of an empty accumulator for a weight of `shape` (out, in)."""
+        for name, size in self.shapes(shape, capacity).items():
+            self.layer.hold(name, self.adapter, torch.zeros(size, dtype=torch.float32, device=device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the change, a kernel flattened."""
+        return self.layer.scalora_U[self.adapter].shape[0], self.layer.scalora_V[self.adapter].shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """R: the columns that it can hold."""
+        return self.layer.scalora_V[self.adapter].shape[0]
+
+    # What they stand for.
+
+    @property
+    def columns(self) -> int:
+        """K: the columns in use."""
+        return self.layer.progress(self.adapter).columns
+
+    @columns.setter
+    def columns(self, columns: int) -> None:
+        self.layer.progress(self.adapter).columns = columns
+
+    @property
+    def is_lossless(self) -> bool:
+        """Return True where R columns hold any change of this shape."""
+        return self.capacity >= min(self.shape)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The factor that U V is applied with: 1 unless set_scale, scale_layer or the like have moved the adapter."""
+        initial = self.layer.initial_scaling(self.adapter)
+        return self.layer.scaling[self.adapter] / initial if initial else 1.0
+
+    def in_use(self) -> tuple[Tensor, Tensor]:
+        """Return the columns of U and rows of V in use, perhaps none, as they are stored: before `scale`."""
+        return self.stored(self.tensors, self.columns)
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return U (out x K) and V (K x in), scaled as they are applied and cast; K may be 0."""
+        return self._applied(*self.in_use(), dtype)
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the accumulated change U V (out x in) as it is applied."""
+        U, V = self.factors(dtype)
+        return U @ V
+
+    # The forward pass.
+
+    def beside_base(self) -> tuple[Tensor, Tensor]:
+        """Return the stored columns that the forward pass multiplies beside the base weight, before `scale`."""
+        if torch.compiler.is_compiling():  # a compiled graph wants one shape: all R columns, of which the unused are 0
+            return self.layer.scalora_U[self.adapter], self.layer.scalora_V[self.adapter]
+        return self.in_use()
+
+    def output(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return what the accumulated change adds to the layer's output, taken in `dtype`; None if that is nothing."""
+        U, V = self.beside_base()
+        if U.shape[1] == 0:
+            return None
+        return self.layer.low_rank_output(self.adapter, x, *self._applied(U, V, dtype))
+
+    def _applied(self, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        scale = self.scale
+        if isinstance(scale, Tensor) or scale != 1.0:
+            U = U * scale
+        return U.to(dtype), V.to(dtype)
+
+    # Folding. Accumulators of one shape, with equally many columns in use, are written as one batch.
+
+    def fits(self, columns: int) -> bool:
+        """Return True if so many more columns need no recompression."""
+        return self.columns + columns <= self.capacity
+
+    @classmethod
+    def append(cls, accumulators: list[Accumulator], U_LMK: Tensor, V_LKN: Tensor) -> None:
+        """Add U V, at the scale of what is stored, to each accumulator as K more columns that fit."""
+        old = accumulators[0].columns
+        new = old + V_LKN.shape[-2]
+        _copy([each.layer.scalora_U[each.adapter][:, old:new] for each in accumulators], U_LMK)
+        _copy([each.layer.scalora_V[each.adapter][old:new] for each in accumulators], V_LKN)
+        for each in accumulators:
+            each.columns = new
+
+    @classmethod
+    def replace(cls, accumulators: list[Accumulator], U_LMK: Tensor, V_LKN: Tensor) -> None:
+        """Make U V, at the scale of what is stored, all that each accumulator holds: K columns, at most R."""
+        columns = V_LKN.shape[-2]
+        _copy([each.layer.scalora_U[each.adapter][:, :columns] for each in accumulators], U_LMK)
+        _copy([each.layer.scalora_V[each.adapter][:columns] for each in accumulators], V_LKN)
+        if columns < accumulators[0].capacity:
+            torch._foreach_zero_([each.layer.scalora_U[each.adapter][:, columns:] for each in accumulators])
+            torch._foreach_zero_([each.layer.scalora_V[each.adapter][columns:] for each in accumulators])
+        for each in accumulators:
+            each.columns = columns
+
+
+def _copy(targets: list[Tensor], source_LMN: Tensor) -> None:
+    torch._foreach_copy_(targets, list(source_LMN.unbind()))
+
+
+# How folded change is kept, by the name in the configuration.
+ACCUMULATORS: dict[str, type[Accumulator]] = {"factored": Accumulator}

@@ -138,8 +138,8 @@ class Accumulator:
         _copy([each.layer.scalora_U[each.adapter][:, :columns] for each in accumulators], U_LMK)
         _copy([each.layer.scalora_V[each.adapter][:columns] for each in accumulators], V_LKN)
         if columns < accumulators[0].capacity:
-            torch._foreach_zero_([each.layer.scalora_U[each.adapter][:, columns:] for each in accumulators])
-            torch._foreach_zero_([each.layer.scalora_V[each.adapter][columns:] for each in accumulators])
+            unused = [each.layer.scalora_U[each.adapter][:, columns:] for each in accumulators]
+            torch._foreach_zero_(unused + [each.layer.scalora_V[each.adapter][columns:] for each in accumulators])
         for each in accumulators:
             each.columns = columns
 

@@ -161,8 +161,8 @@ def count(model: nn.Module) -> dict[str, int]:
 def _values(module: nn.Module, seen: set) -> list[Tensor]:
     own = dict(module.named_parameters(recurse=False))
     if isinstance(module, ScaLoRALayer):
-        own |= {f"U {adapter}": module.scalora_U[adapter] for adapter in module.scalora_U}
-        own |= {f"V {adapter}": module.scalora_V[adapter] for adapter in module.scalora_V}
+        for adapter in module.scalora_config:
+            own |= {f"{name} {adapter}": t for name, t in module.accumulator(adapter).tensors.items()}
     fresh = {name: p for name, p in own.items() if id(p) not in seen}
     seen |= {id(p) for p in fresh.values()}
     quantized = _quantized_values(module) if "weight" in fresh else None

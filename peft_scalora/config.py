@@ -62,7 +62,8 @@ class ScaLoRAConfig(LoraConfig):
         scaling_interval: optimizer steps from one rescaling to the next, I. 1 is ScaLoRA, more is ScaLoRA-I.
         smoothness: the smoothness constant L of the loss, or "auto": such that the columns keep the mean squared norm
             of the freshly initialised factor.
-        accumulator: how folded change is kept, a name in `peft_scalora.accumulator.ACCUMULATORS`: "factored", as U (out x R) and V (R x in).
+        accumulator: how folded change is kept, a name in `peft_scalora.accumulator.ACCUMULATORS`: "factored", as U of
+            out x R and V of R x in.
         accumulator_rank: the rank R of the accumulator; None means 8 r. Never above min(in, out), where it is lossless.
         base_fingerprint: what tells the base model from others; saving records it, loading warns of another base.
         requires: what a reader of adapter_config.json needs to load the adapter; informative.

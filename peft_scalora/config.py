@@ -57,11 +57,13 @@ class ScaLoRAConfig(LoraConfig):
 
     Args:
         scaling: how the columns are scaled, a name in `peft_scalora.maths.scaling.SCALINGS`: "column" (Theorem 5, and
-            Theorem 3 where Theorem 5 has no non-negative solution), "scalar" (Theorem 3) or "exact" (the non-negative
-            problem that both are special cases of).
+            Theorem 3 where Theorem 5 has no non-negative solution: the paper's rule), "scalar" (Theorem 3), "exact"
+            (the non-negative problem that both are special cases of) or "shrink" ("column", but no column grows).
         scaling_interval: optimizer steps from one rescaling to the next, I. 1 is ScaLoRA, more is ScaLoRA-I.
-        smoothness: the smoothness constant L of the loss, or "auto": such that the columns keep the mean squared norm
-            of the freshly initialised factor.
+        smoothness: the smoothness constant L of the loss, which with the learning rate η sets the target norm of the
+            columns; or "auto": `column_norm2` sets it.
+        column_norm2: the squared norm 1 / (L η s²) that orthogonal columns are brought to. None means the rule's own:
+            1 for "shrink", for the others the mean squared column norm of the freshly initialised factor.
         accumulator: how folded change is kept, a name in `peft_scalora.accumulator.ACCUMULATORS`: "factored", as U of
             out x R and V of R x in.
         accumulator_rank: the rank R of the accumulator; None means 8 r. Never above min(in, out), where it is lossless.
@@ -81,6 +83,9 @@ class ScaLoRAConfig(LoraConfig):
     )
     smoothness: float | Literal["auto"] = field(
         default="auto", metadata={"help": "Smoothness constant L of the loss, or 'auto'."}
+    )
+    column_norm2: float | None = field(
+        default=None, metadata={"help": "Squared norm that orthogonal columns are brought to; None: the rule's own."}
     )
     accumulator: Literal[tuple(ACCUMULATORS)] = field(  # type: ignore[valid-type]
         default="factored", metadata={"help": f"How folded change is kept, {', '.join(map(repr, ACCUMULATORS))}."}
@@ -136,7 +141,18 @@ class ScaLoRAConfig(LoraConfig):
             _check_positive_int("accumulator_rank", self.accumulator_rank)
         if self.smoothness != "auto" and not (_is_finite(self.smoothness) and self.smoothness > 0):
             raise ValueError(f"smoothness={self.smoothness!r} must be a positive number or 'auto'.")
+        if self.column_norm2 is not None:
+            self._check_column_norm2()
         fingerprint.check(self.base_fingerprint)
+
+    def _check_column_norm2(self):
+        if not (_is_finite(self.column_norm2) and self.column_norm2 > 0):
+            raise ValueError(f"column_norm2={self.column_norm2!r} must be a positive number or None.")
+        if self.smoothness != "auto":
+            raise ValueError(
+                f"smoothness={self.smoothness!r} and column_norm2={self.column_norm2!r} both set the target norm of "
+                "the columns: leave one of them out."
+            )
 
     def _check_lora_fields(self):
         # A file of somebody else's may hold any JSON value.

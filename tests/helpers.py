@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-SCALINGS = ("column", "scalar", "exact")
+SCALINGS = ("column", "scalar", "exact")  # of the paper, and the problem that it bounds
+RULES = (*SCALINGS, "shrink")
 GENERIC = ("random", "low_rank_gradient", "positive", "sizes")
 DEGENERATE = (
     "zero_column_of_A",

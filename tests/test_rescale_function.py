@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import SCALINGS
+from helpers import RULES, SCALINGS
 from helpers_models import KINDS, output
 from helpers_optimizers import OPTIMIZERS, make
 from helpers_rescale import (
@@ -241,7 +241,7 @@ def test_everything_is_the_same_bits_for_any_power_of_two_on_the_gradients(how):
             assert torch.equal(value, expected[name] * factor), (name, k)
 
 
-@pytest.mark.parametrize("how", SCALINGS)
+@pytest.mark.parametrize("how", RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_rounding_takes_from_low_precision_factors_goes_into_the_accumulator(how, dtype):
     """Scaling rounds them by 2^-9 or 2^-12, and yet only the float32 accumulator rounds the function."""

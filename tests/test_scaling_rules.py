@@ -23,7 +23,7 @@ def smaller_only(problem):
 
 @pytest.fixture
 def rule(monkeypatch):
-    monkeypatch.setitem(SCALINGS, "smaller", Scaling(smaller_only, target2=0.6))
+    monkeypatch.setitem(SCALINGS, "smaller", Scaling(smaller_only, column_norm2=0.6))
     return "smaller"
 
 
@@ -92,7 +92,8 @@ def test_the_callback_logs_the_labels_of_a_rule_from_outside(rule, tmp_path):
 
 
 def test_an_unknown_rule_is_refused_with_the_names_of_all(rule):
-    with pytest.raises(ValueError, match="scaling='larger' must be one of 'column', 'scalar', 'exact', 'smaller'"):
+    names = "'column', 'scalar', 'exact', 'shrink', 'smaller'"
+    with pytest.raises(ValueError, match=f"scaling='larger' must be one of {names}"):
         ScaLoRAConfig(scaling="larger")
 
 

@@ -165,12 +165,12 @@ class Scaling:
         rule: a function of a `Problem` that returns the squared scales α² and β² as one _L2r, none negative, and which
             layers were scaled how, {label: bool mask_L}, every layer in one. Reports and logs count by these labels. It
             reads no device value.
-        target2: the squared norm of columns that smoothness="auto" stands for; None means the mean squared norm of the
-            freshly initialised factor.
+        column_norm2: the rule's own target, where the configuration names neither smoothness nor column_norm2; None
+            means the mean squared column norm of the freshly initialised factor.
     """
 
     rule: Callable[[Problem], tuple[Tensor, dict[str, Tensor]]]
-    target2: float | None = None
+    column_norm2: float | None = None
 
 
 def column_rule(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
@@ -196,6 +196,16 @@ def exact_rule(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     return u_L2r * problem.target2_L2r, _all_layers("exact", u_L2r)
 
 
+def shrink_rule(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scale as `column_rule` does, but enlarge no column.
+
+    Under Adam, whose steps do not shrink with the gradient, a larger column of one factor is a larger learning rate of
+    the other.
+    """
+    scales2_L2r, _ = column_rule(problem)
+    return scales2_L2r.clamp(max=1), _all_layers("shrink", scales2_L2r)
+
+
 def _all_layers(label: str, scales_L2r: Tensor) -> dict[str, Tensor]:
     """Label every layer of a batch alike."""
     return {label: torch.ones_like(scales_L2r[..., 0], dtype=torch.bool)}
@@ -206,6 +216,7 @@ SCALINGS: dict[str, Scaling] = {
     "column": Scaling(column_rule),
     "scalar": Scaling(scalar_rule),
     "exact": Scaling(exact_rule),
+    "shrink": Scaling(shrink_rule, column_norm2=1.0),
 }
 
 

@@ -54,9 +54,14 @@ class Target:
         return self.accumulator.tensors | {"lora_B": self.lora_B, "lora_A": self.lora_A}
 
     def squared_norms(self) -> tuple[float, float] | None:
-        """1 / (L η s²) for α and for β; None with smoothness="auto". Paper A is stepped with lora_B's rate, and α
-        scales the gradient of lora_A: α belongs to lora_A's rate."""
-        smoothness = self.layer.scalora_config[self.adapter].smoothness
+        """Return the configured 1 / (L η s²) for α and for β, None where the rule's own is meant.
+
+        Paper A is stepped with lora_B's rate, and α scales the gradient of lora_A: α belongs to lora_A's rate.
+        """
+        config = self.layer.scalora_config[self.adapter]
+        if config.column_norm2 is not None:
+            return config.column_norm2, config.column_norm2
+        smoothness = config.smoothness
         if smoothness == "auto":
             return None
         lr_A, lr_B = float(self.lr_A or 0), float(self.lr_B or 0)
@@ -199,7 +204,7 @@ def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleRe
     for (_, scaling, norms, _, powers_B, powers_A), batch in by_system.items():
         grams = zip(*(gram_matrices(group.S_A_LMK, group.S_B_LKN) for group in batch))
         targets_norms = _target_norms(
-            [target for group in batch for target in group.targets], norms, SCALINGS[scaling].target2
+            [target for group in batch for target in group.targets], norms, SCALINGS[scaling].column_norm2
         )
         scales = column_scales(*map(_cat, grams), *targets_norms, scaling)
         report.scales.append(scales)

@@ -63,7 +63,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "methods"
 def test_published_tables_are_those_of_their_runs(folder):
     by_row = report.read_all(str(folder))
     rows = report.summaries(by_row, list(methods.MODULE_OF))
-    assert (folder / "methods.md").read_text() == report.markdown(by_row, rows)
+    assert (folder / "methods.md").read_text() == report.page(by_row, rows)
     results = [result for runs in by_row.values() for result in runs]
     assert all(result["status"] == "finished" and result.get("reload", "equal") == "equal" for result in results)
 

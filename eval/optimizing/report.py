@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from eval.harness.record import FINISHED, read
 from eval.harness.statistics import mean_and_error
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
 from peft_scalora.plots import finish_panel, require_matplotlib, save_png
 
 COLUMNS = (
@@ -34,7 +35,7 @@ def write_report(folder: str, order: Sequence[str]) -> None:
     rows = summaries(results, order)
     if not rows:
         return
-    replace_file(os.path.join(folder, "methods.md"), markdown(results, rows))
+    replace_file(os.path.join(folder, "methods.md"), page(results, rows))
     measured = [row for row in rows if "quality" in row]
     if measured:
         plot(os.path.join(folder, "methods.png"), measured)
@@ -45,8 +46,8 @@ def summaries(results: dict[str, list[dict]], order: Sequence[str]) -> list[dict
     return [summary(name, results[name]) for name in order if name in results]
 
 
-def markdown(results: dict[str, list[dict]], rows: Sequence[dict]) -> str:
-    """Caption and table."""
+def page(results: dict[str, list[dict]], rows: Sequence[dict]) -> str:
+    """Return the caption and the table."""
     return f"{caption(results)}\n\n{table(rows)}"
 
 
@@ -104,21 +105,17 @@ def table(rows: Sequence[dict]) -> str:
     measured = [row for row in rows if "quality" in row]
     metrics = [measured[0]["metric"], *measured[0]["others"]] if measured else ["quality"]
     header = ["row", *(name.replace("_", "-") for name in metrics), *COLUMNS, "caveat"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for row in rows:
-        cells = (cell.replace("|", r"\|") for cell in _line(row, len(header)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return markdown(header, [_cells(row, len(header)) for row in rows]) + "\n"
 
 
-def _line(row: dict, columns: int) -> list[str]:
+def _cells(row: dict, columns: int) -> list[str]:
     if "quality" not in row:
         return [row["row"], next(iter(row["reasons"].values())), *[""] * (columns - 3), row["caveat"]]
     reasons = [f"seed {seed}: {reason}" for seed, reason in row["reasons"].items()]
-    return [row["row"], *_cells(row), "; ".join([row["caveat"], *reasons])]
+    return [row["row"], *_figures(row), "; ".join([row["caveat"], *reasons])]
 
 
-def _cells(row: dict) -> list[str]:
+def _figures(row: dict) -> list[str]:
     error = f" ± {row['error']:.3f}" if row["error"] is not None else ""
     return [
         f"{row['quality']:.3f}{error}",

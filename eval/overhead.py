@@ -1,4 +1,4 @@
-"""What ScaLoRA costs over LoRA: step time, memory, checkpoint size, and where a rescaling spends its time.
+"""Measure what ScaLoRA costs over LoRA: step time, memory, checkpoint size, and where a rescaling spends its time.
 
 All methods train the same randomly initialised model on the same batch, interleaved in one process, so that what the
 machine does besides hits all of them. Ratios to LoRA are taken pair by pair and summarised by median and quartiles.
@@ -13,114 +13,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
 import json
 import os
 import platform
 import statistics
-import time
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from unittest import mock
 
 import torch
 import transformers
-from peft import HiraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import get_peft_model_state_dict
 
 import peft_scalora
 import peft_scalora.rescaling.engine as engine
+from eval.harness.memory import peak_bytes
+from eval.harness.timing import quartiles, ratios, timed, with_interval
+from eval.overhead_runs import SHAPES, Run, configurations, make_base, make_run
 from peft_scalora import ScaLoRAConfig
-from peft_scalora.files.atomic import replace_file, replacing
-from peft_scalora.plots import require_matplotlib
+from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
+from peft_scalora.plots import require_matplotlib, save_png
 from peft_scalora.rescaling.shape_group import ShapeGroup
 
-# hidden size, MLP size, layers, heads, key-value heads, vocabulary
-SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 256),
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-3-70b-block": (8192, 28672, 1, 64, 8, 1024),
-}
-NEVER = 10**9
 INTERVALS = (1, 10)
-
-
-@dataclass
-class Run:
-    """One method's model and optimizer."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def step(self, ids: torch.Tensor) -> None:
-        self.model(input_ids=ids, labels=ids).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def make_base(shape: tuple[int, ...], layers: int | None, dtype: torch.dtype, device: str, checkpointing: bool):
-    hidden, mlp, depth, heads, kv_heads, vocabulary = shape
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers or depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-    return model
-
-
-def configurations(r: int, rank: int) -> dict[str, LoraConfig]:
-    """Every method by name; `rank` is R."""
-    shared = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    lora = {"lora_alpha": 2 * r, **shared}
-    return {
-        "lora": LoraConfig(r=r, **lora),
-        "scalora, no rescaling": ScaLoRAConfig(r=r, accumulator_rank=rank, scaling_interval=NEVER, **lora),
-        "scalora, rescaling": ScaLoRAConfig(r=r, accumulator_rank=rank, scaling_interval=1, **lora),
-        "lora r+R": LoraConfig(r=r + rank, **lora),
-        "dora": LoraConfig(r=r, use_dora=True, **lora),
-        "hira": HiraConfig(r=r, **shared),
-    }
-
-
-def make_run(base, config, ids: torch.Tensor) -> Run:
-    """A model that shares the base weights, with the accumulators filled."""
-    model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
-    model = get_peft_model(model, config)
-    run = Run(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4))
-    run.step(ids)
-    if isinstance(config, ScaLoRAConfig):
-        run.model(input_ids=ids, labels=ids).loss.backward()
-        for _ in range(config.accumulator_rank // config.r + 1):
-            peft_scalora.rescale(run.model, run.optimizer)
-        run.optimizer.zero_grad()
-    return run
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(device: str, call: Callable[[], None]) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def measure(base, configs: dict, ids: torch.Tensor, repeats: int, device: str) -> dict:
@@ -140,17 +56,6 @@ def measure(base, configs: dict, ids: torch.Tensor, repeats: int, device: str) -
             f"repeat {repeat + 1}/{repeats}: " + ", ".join(f"{n} {s[-1]:.3f}" for n, s in seconds.items()), flush=True
         )
     return {"seconds": seconds, "memory_bytes": memory, "checkpoint_bytes": sizes, "runs": runs}
-
-
-def with_interval(without: list[float], rescaling: list[float], interval: int) -> list[float]:
-    return [a + (b - a) / interval for a, b in zip(without, rescaling)]
-
-
-def ratios(seconds: list[float], lora: list[float]) -> dict[str, float]:
-    """Median and quartiles of the step time over LoRA's, pair by pair."""
-    pairs = [a / b for a, b in zip(seconds, lora)]
-    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
-    return {"median": statistics.median(pairs), "low": low, "high": high}
 
 
 def summarize(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -188,36 +93,6 @@ def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> d
             spent[name].append(value)
     run.optimizer.zero_grad()
     return {name: statistics.mean(values) for name, values in spent.items()}
-
-
-class MemoryMode(TorchDispatchMode):
-    """Peak of the bytes of live tensors that were made inside it: what the allocator counts, on any device."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                storage = tensor.untyped_storage()
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
-        return out
-
-    def _release(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    with MemoryMode() as memory:
-        call()
-    return memory.peak
 
 
 def memory_of(run: Run, ids: torch.Tensor) -> dict[str, int]:
@@ -258,9 +133,8 @@ def floor(base, r: int, rank: int, tokens: int, device: str) -> dict[str, float]
 
 def draw(path: str, summary: dict, title: str) -> None:
     """Step time over LoRA by method, with quartiles."""
-    pyplot = require_matplotlib()
     names = [name for name in summary if name != "lora"]
-    figure, axis = pyplot.subplots(figsize=(7, 3.6))
+    figure, axis = require_matplotlib().subplots(figsize=(7, 3.6))
     medians = [summary[name]["median"] for name in names]
     spread = [
         [summary[name]["median"] - summary[name]["low"] for name in names],
@@ -271,10 +145,7 @@ def draw(path: str, summary: dict, title: str) -> None:
     axis.axvline(1, color="tab:blue", linewidth=1.2)
     axis.set(xlabel="step time over LoRA's, median and quartiles", title=title)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    pyplot.close(figure)
+    save_png(figure, path)
 
 
 def total_memory(memory: dict[str, int], base: int) -> int:
@@ -283,21 +154,19 @@ def total_memory(memory: dict[str, int], base: int) -> int:
 
 
 def table(result: dict) -> str:
-    lines = [
-        "| method | step time over LoRA (quartiles) | peak memory over LoRA | checkpoint, MiB |",
-        "|---|---|---|---|",
-    ]
+    """Return a Markdown table of time, memory and checkpoint size by method."""
     memory = {name: total_memory(m, result["base_bytes"]) for name, m in result["memory_bytes"].items()}
+    rows = []
     for name, row in result["summary"].items():
         key = "scalora, rescaling" if name.startswith("scalora I") else name
-        lines.append(
-            f"| {name} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | "
-            f"{memory[key] / memory['lora']:.3f} | {result['checkpoint_bytes'][key] / 2**20:.1f} |"
-        )
-    return "\n".join(lines)
+        size = f"{result['checkpoint_bytes'][key] / 2**20:.1f}"
+        rows.append([name, quartiles(row), f"{memory[key] / memory['lora']:.3f}", size])
+    header = ["method", "step time over LoRA (quartiles)", "peak memory over LoRA", "checkpoint, MiB"]
+    return markdown(header, rows)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -309,20 +178,22 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these beside LoRA and ScaLoRA")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--output", default="runs/overhead")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rank = arguments.accumulator_rank or 8 * arguments.r
+    return parser.parse_args()
 
-    base = make_base(SHAPES[arguments.shape], arguments.layers, dtype, device, arguments.checkpointing)
+
+def measure_all(arguments: argparse.Namespace, device: str) -> dict:
+    """Return seconds, memory and sizes of every method, with what they were measured on."""
+    shape = SHAPES[arguments.shape]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    base = make_base(shape, arguments.layers, dtype, device, arguments.checkpointing)
     rows = max(1, arguments.tokens // arguments.sequence)
-    ids = torch.randint(0, SHAPES[arguments.shape][5], (rows, arguments.tokens // rows), device=device)
-    configs = configurations(arguments.r, rank)
+    ids = torch.randint(0, shape[5], (rows, arguments.tokens // rows), device=device)
+    configs = configurations(arguments.r, arguments.accumulator_rank)
     if arguments.methods is not None:
         configs = {n: c for n, c in configs.items() if n == "lora" or n.startswith("scalora") or n in arguments.methods}
     measured = measure(base, configs, ids, arguments.repeats, device)
     runs = measured.pop("runs")
-    result = {
+    return {
         "settings": vars(arguments) | {"device": device, "dtype": str(dtype), "threads": torch.get_num_threads()},
         "versions": {
             "torch": torch.__version__,
@@ -331,14 +202,21 @@ def main() -> None:
         },
         "summary": summarize(measured["seconds"]),
         "rescaling_seconds": split_rescaling(runs["scalora, rescaling"], ids, 3, device),
-        "floor": floor(base, arguments.r, rank, arguments.tokens, device),
+        "floor": floor(base, arguments.r, arguments.accumulator_rank, arguments.tokens, device),
         "base_bytes": sum(p.nbytes for p in base.parameters()),
         **measured,
     }
+
+
+def main() -> None:
+    arguments = parse()
+    arguments.accumulator_rank = arguments.accumulator_rank or 8 * arguments.r
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = measure_all(arguments, device)
     os.makedirs(arguments.output, exist_ok=True)
     replace_file(os.path.join(arguments.output, "overhead.json"), json.dumps(result, indent=1))
-    title = f"{arguments.shape}, {arguments.tokens} tokens, r = {arguments.r}, R = {rank}, {device}"
-    draw(os.path.join(arguments.output, "overhead.png"), result["summary"], title)
+    sizes = f"{arguments.tokens} tokens, r = {arguments.r}, R = {arguments.accumulator_rank}"
+    draw(os.path.join(arguments.output, "overhead.png"), result["summary"], f"{arguments.shape}, {sizes}, {device}")
     print(f"\n{table(result)}\n\none rescaling, seconds: {json.dumps(result['rescaling_seconds'])}")
     print(f"floor: {json.dumps(result['floor'])}")
 

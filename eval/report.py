@@ -17,16 +17,17 @@ import glob
 import os
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.harness.record import FINISHED, read
-from eval.harness.statistics import mean_and_error, paired_rows, paired_seeds
+from eval.harness.statistics import mean_and_error, paired_rows, paired_seeds, running
 from eval.harness.training import UNTRAINED
 from eval.sweep import PLAN_NAME, best_rate, dev_value, next_rate
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
 from peft_scalora.plots import finish_panel, panels, save_png
 
 HEADER = [
@@ -158,7 +159,7 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
     if not method.runs:
         return [method.name, "not run"] + [""] * (len(HEADER) - 2)
     if not method.best:
-        error = method.failed[0]["error"].partition("\n")[0].replace("|", r"\|")
+        error = method.failed[0]["error"].partition("\n")[0]
         return [method.name, f"all failed: {error}"] + [""] * (len(HEADER) - 2)
     best = method.best
     tried = ", ".join(f"{rate:g}" for rate in sorted(method.rates)) + (", best at an end" if method.at_edge else "")
@@ -189,10 +190,8 @@ def table(folder: str, baseline: str) -> str:
     if some is None:
         raise ValueError(f"{folder} has no finished run.")
     names = {"metric": some["metric"], "dev": some["dev_metric"].removeprefix("dev_"), "baseline": baseline}
-    lines = ["| " + " | ".join(cell.format(**names) for cell in HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for method in methods.values():
-        lines.append("| " + " | ".join(row(method, methods[baseline], plan["seeds"])) + " |")
-    return "\n".join(lines)
+    header = [cell.format(**names) for cell in HEADER]
+    return markdown(header, [row(method, methods[baseline], plan["seeds"]) for method in methods.values()])
 
 
 def summary(folders: list[str]) -> str:
@@ -201,45 +200,37 @@ def summary(folders: list[str]) -> str:
     names = list(dict.fromkeys(name for methods in sweeps for name in methods))
     runs = [next(run for method in methods.values() for run in method.best) for methods in sweeps]
     header = ["", *(f"{run['task'].removeprefix('glue/')} ({run['metric']})" for run in runs)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for name in names:
         cells = [mean_of([final(run) for run in m[name].best]) if name in m else "" for m in sweeps]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def smooth(values: list[float], width: int = 10) -> list[float]:
-    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+        rows.append([name, *cells])
+    return markdown(header, rows)
 
 
 def plot_curves(methods: dict[str, Method], path: str) -> None:
-    """Training loss and dev metric, means over seeds, against step and against seconds."""
-    figure, axes = panels(4)
+    """Plot training loss and dev metric, means over seeds, against step and against seconds."""
+    figure, (axes,) = panels(4)
     drawn = [method for method in methods.values() if method.best and method.name != UNTRAINED]
     name = drawn[0].best[0]["dev_metric"] if drawn else "dev metric"
     for method in drawn:
-        columns = [list(zip(*seed)) for seed in zip(*(run["losses"] for run in method.best))]
-        steps, seconds, losses = zip(*([statistics.fmean(c) for c in point] for point in columns))
-        axes[0][0].plot(steps, smooth(losses), label=method.name, linewidth=1.2)
-        axes[0][1].plot(seconds, smooth(losses), label=method.name, linewidth=1.2)
-        points = [
-            [statistics.fmean(point[key] for point in at) for key in ("step", "seconds", name)]
-            for at in zip(*(run["curve"] for run in method.best))
-        ]
-        steps, seconds, values = zip(*points)
-        axes[0][2].plot(steps, values, label=method.name, linewidth=1.2)
-        axes[0][3].plot(seconds, values, label=method.name, linewidth=1.2)
-    for axis, (title, x, y) in zip(
-        axes[0],
-        [
-            ("Training loss, mean of 10 steps", "optimizer step", "loss"),
-            ("The same", "seconds of training", "loss"),
-            ("Dev rows", "optimizer step", name),
-            ("The same", "seconds of training", name),
-        ],
-    ):
-        finish_panel(axis, title, x, y)
+        steps, seconds, losses = means_over_seeds([run["losses"] for run in method.best])
+        smooth = running(statistics.fmean, losses)
+        curves = [[(point["step"], point["seconds"], point[name]) for point in run["curve"]] for run in method.best]
+        dev_steps, dev_seconds, values = means_over_seeds(curves)
+        lines = ((steps, smooth), (seconds, smooth), (dev_steps, values), (dev_seconds, values))
+        for axis, line in zip(axes, lines):
+            axis.plot(*line, label=method.name, linewidth=1.2)
+    titles = ("Training loss, mean of 10 steps", "The same", "Dev rows", "The same")
+    for number, (axis, title) in enumerate(zip(axes, titles)):
+        x = "seconds of training" if number % 2 else "optimizer step"
+        finish_panel(axis, title, x, "loss" if number < 2 else name)
     save_png(figure, path)
+
+
+def means_over_seeds(seeds: list[list[Sequence[float]]]) -> list[tuple[float, ...]]:
+    """Return each column of the mean curve, where every seed has a list of points (x, ..., y)."""
+    points = [[statistics.fmean(values) for values in zip(*at)] for at in zip(*seeds)]
+    return list(zip(*points))
 
 
 def plot_quality(methods: dict[str, Method], path: str) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from eval.commonsense import load_rows
 from eval.harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods
-from eval.lm_eval.agreement import lm_eval_scores, our_scores, table
+from eval.lm_eval.agreement import lm_eval_scores, our_scores, page
 from peft_scalora import export_lora, export_merged
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -99,7 +99,7 @@ def test_tasks_of_the_same_files_are_judged_alike(tmp_path, monkeypatch):
 
 def test_the_committed_table_is_that_of_its_json():
     result = json.loads((RESULTS / "lm_eval_agreement.json").read_text())
-    assert (RESULTS / "lm_eval_agreement.md").read_text() == table(result)
+    assert (RESULTS / "lm_eval_agreement.md").read_text() == page(result)
     assert set(result["tasks"]) == set(CHOICES)
     for found in result["tasks"].values():
         assert found["rows_judged_differently"] == 0

@@ -68,6 +68,22 @@ def test_published_tables_are_those_of_their_runs(folder):
     assert all(result["status"] == "finished" and result.get("reload", "equal") == "equal" for result in results)
 
 
+def test_a_published_adapter_has_a_parameter_for_four_bytes_on_disk():
+    """What the adapter adds to the quantized model: the files have headers besides, of less than 1%."""
+    compared = 0
+    for folder in RESULTS.iterdir():
+        by_row = report.read_all(str(folder))
+        for row in ("torchao-int8", "bnb-int8", "bnb-nf4"):
+            alone = {result["settings"]["seed"]: result for result in by_row.get(row, ())}
+            for result in by_row.get(f"{row}+scalora", ()):
+                before = alone[result["settings"]["seed"]]
+                added = {name: result[name] - before[name] for name in ("bytes", "parameters", "nonzeros")}
+                assert added["bytes"] == pytest.approx(4 * added["parameters"], rel=0.01)
+                assert added["nonzeros"] <= added["parameters"]
+                compared += 1
+    assert compared >= 5
+
+
 def test_pareto_front_is_of_points_that_none_beats():
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -10,13 +11,14 @@ import resource
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.claim import refuse_other_run
 
 from .ranks import this_process
 
@@ -63,7 +65,7 @@ def is_main_process() -> bool:
 
 
 def finished(path: str, task: str, settings: dict, data: dict) -> dict | None:
-    """The finished run at `path`; None if there is none or it failed.
+    """Return the finished run at `path`, or None if there is none or it failed.
 
     Raises:
         ValueError: a run of another task, with other settings or of other rows is there.
@@ -73,19 +75,18 @@ def finished(path: str, task: str, settings: dict, data: dict) -> dict | None:
     result = read(path)
     if result["status"] != FINISHED:
         return None
-    changed = _changed(result, task, settings, data)
-    if changed:
-        raise ValueError(f"{path} is a run with other settings ({', '.join(changed)}): choose another --output.")
+    here = _identity(task, settings, data, this_process().num_processes)
+    refuse_other_run(f"{path} is a run", _identity_of(result), here, "choose another --output")
     return result
 
 
-def _changed(found: dict, task: str, settings: dict, data: dict) -> list[str]:
-    """What of a recorded run is not as now; the batch of a step is that of all processes."""
-    known = json.loads(json.dumps(settings))
-    changed = [name for name, value in known.items() if found["settings"].get(name) != value]
-    changed += [name for name, value in (("task", task), ("data", data)) if found[name] != value]
-    same_processes = found["environment"]["processes"] == this_process().num_processes
-    return changed if same_processes else [*changed, "processes"]
+def _identity(task: str, settings: dict, data: dict, processes: int) -> dict:
+    """Return what makes a run what it is; the batch of a step is that of all processes."""
+    return {**settings, "task": task, "data": data, "processes": processes}
+
+
+def _identity_of(recorded: dict) -> dict:
+    return _identity(recorded["task"], recorded["settings"], recorded["data"], recorded["environment"]["processes"])
 
 
 @contextmanager
@@ -116,9 +117,30 @@ def recorded(path: str, task: str, settings: dict, data: dict) -> Iterator[dict]
 
 
 def read(path: str) -> dict:
-    """A run's JSON."""
+    """Return a run's JSON."""
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def read_all(folder: str, names: str = "*.json") -> list[dict]:
+    """Return the JSONs in a folder, by their names."""
+    return [read(path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), names)))]
+
+
+def kept(path: str, settings: dict, make: Callable[[], dict]) -> dict:
+    """Return the result that is at `path`, or make one and write it there with its settings.
+
+    Raises:
+        ValueError: the result at `path` is of a run with other settings.
+    """
+    if os.path.exists(path):
+        result = read(path)
+        refuse_other_run(f"{path} holds a run", result["settings"], settings, "choose another --output")
+        return result
+    result = {"settings": settings, **make()}
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    replace_file(path, json.dumps(result, indent=1))
+    return result
 
 
 def short_hash(value) -> str:
@@ -140,13 +162,10 @@ def checkpoints(path: str) -> str:
 def _claim(folder: str, task: str, settings: dict, data: dict) -> None:
     """Make the folder, or see that it is of this run."""
     path = os.path.join(folder, "run.json")
+    claim = {"task": task, "settings": settings, "environment": environment(), "data": data}
     if os.path.exists(path):
-        changed = _changed(read(path), task, settings, data)
-        if changed:
-            raise ValueError(
-                f"{folder} is of an interrupted run with other settings ({', '.join(changed)}): remove it, or choose "
-                "another --output."
-            )
+        holder = f"{folder} is of an interrupted run"
+        refuse_other_run(holder, _identity_of(read(path)), _identity_of(claim), "remove it, or choose another --output")
     elif is_main_process():
         os.makedirs(folder, exist_ok=True)
-        replace_file(path, to_json({"task": task, "settings": settings, "environment": environment(), "data": data}))
+        replace_file(path, to_json(claim))

@@ -16,6 +16,21 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
+def running(function: Callable[[Sequence[float]], float], values: Sequence[float], width: int = 10) -> list[float]:
+    """Return `function` of every value together with the `width` - 1 before it, or as many as there are."""
+    return [function(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
+
+
+def with_range(middle: float, low: float, high: float, form: str) -> str:
+    """Return "middle (low to high)", or the middle alone where all are equal."""
+    return f"{middle:{form}}" if low == high else f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def median_and_range(values: Sequence[float], form: str) -> str:
+    """Return the median with the lowest and the highest value."""
+    return with_range(statistics.median(values), min(values), max(values), form)
+
+
 def paired_seeds(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None]:
     """Mean of second - first over the same seeds, and the p-value of the paired t-test (None below two seeds)."""
     difference = statistics.fmean(b - a for a, b in zip(first, second, strict=True))

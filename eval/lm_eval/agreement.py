@@ -1,4 +1,4 @@
-"""Zero-shot accuracies of eval/commonsense.py beside lm-evaluation-harness's own, of the same model and rows.
+"""Compare zero-shot accuracies of eval/commonsense.py with lm-evaluation-harness's, of one model and its rows.
 
 python -m eval.lm_eval.agreement --model M --data-dir D --test-rows 50 --output results/lm_eval_agreement.json
 """
@@ -22,6 +22,7 @@ from eval.harness.rows import Rows
 from eval.harness.training import Training, settings_of
 from eval.lm_eval.tasks import task_name, write_tasks
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
 
 BATCH_SIZE = 8
 COLUMNS = ("accuracy", "lm_eval_accuracy", "accuracy_by_length", "lm_eval_accuracy_by_length")
@@ -93,32 +94,33 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
     }
 
 
-def table(result: dict) -> str:
-    """The comparison in Markdown, with the command that made it."""
+def page(result: dict) -> str:
+    """Return the comparison in Markdown, with the command that made it."""
     settings, environment = result["settings"], result["environment"]
-    lines = [
-        "# Zero-shot accuracy, beside lm-evaluation-harness",
-        "",
+    about = (
         f"{settings['model']} in {settings['dtype']}, untrained, on the first {settings['test_rows']} rows of every "
         f"test file; lm-eval {settings['lm_eval']}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}. "
         "By length: log-likelihood divided by the characters of the choice (`acc_norm`). The last two columns: rows "
-        "that one of the two counts as right and the other not, and the largest difference of two log-likelihoods.",
-        "",
-        "| task | rows | accuracy | lm-eval | by length | lm-eval | rows that differ | nats |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for task, found in result["tasks"].items():
-        figures = " | ".join(f"{found[name]:.4f}" for name in COLUMNS)
-        lines.append(
-            f"| {task} | {found['rows']} | {figures} | {found['rows_judged_differently']} | "
-            f"{found['largest_difference_nats']:.1e} |"
-        )
+        "that one of the two counts as right and the other not, and the largest difference of two log-likelihoods."
+    )
     command = (
         f"python -m eval.lm_eval.agreement --model {settings['model']} --data-dir D --dtype {settings['dtype']} "
         f"--test-rows {settings['test_rows']} --output results/lm_eval_agreement.json"
     )
-    return "\n".join([*lines, "", "Made by", "", f"    {command}", ""])
+    title = "# Zero-shot accuracy, beside lm-evaluation-harness"
+    return "\n\n".join([title, about, table(result["tasks"]), "Made by", f"    {command}\n"])
+
+
+def table(tasks: dict[str, dict]) -> str:
+    """Return a row of both packages' figures for every task."""
+    header = ["task", "rows", "accuracy", "lm-eval", "by length", "lm-eval", "rows that differ", "nats"]
+    rows = []
+    for task, found in tasks.items():
+        figures = [f"{found[name]:.4f}" for name in COLUMNS]
+        differences = [str(found["rows_judged_differently"]), f"{found['largest_difference_nats']:.1e}"]
+        rows.append([task, str(found["rows"]), *figures, *differences])
+    return markdown(header, rows)
 
 
 def main() -> None:
@@ -144,7 +146,7 @@ def main() -> None:
         result["tasks"] = {
             task: compare(our_scores(model, tokenizer, rows), theirs[task]) for task, rows in tests.items()
         }
-    text = table(result)
+    text = page(result)
     replace_file(f"{os.path.splitext(arguments.output)[0]}.md", text)
     print(text)
 

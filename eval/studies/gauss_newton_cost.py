@@ -1,4 +1,4 @@
-"""What one inner Gauss-Newton step costs: time and memory over a plain training step.
+"""Measure what one inner Gauss-Newton step costs: time and memory over a plain training step.
 
     export MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory, as CUDA's
     python -m eval.studies.gauss_newton_cost --repeats 9                                  # allocator does
@@ -22,9 +22,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 
-from eval.overhead import make_base, ratios
+from eval.harness.timing import quartiles, ratios
+from eval.overhead_runs import make_base
 from peft_scalora import GaussNewton, GaussNewtonConfig
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
 from peft_scalora.gauss_newton.forward import task_loss
 
 VARIANTS = ("gn", "prox_linear")
@@ -117,18 +119,14 @@ def peak_growth(arguments: argparse.Namespace, trained: str, name: str) -> int:
 
 
 def table(result: dict) -> str:
-    lines = [
-        "| trained | variant | time of a plain step (quartiles) | memory of training, MiB (plain) |",
-        "|---|---|---|---|",
-    ]
+    """Return a Markdown table of the results by what is trained and by variant."""
+    rows = []
     for trained, row in result["results"].items():
         for name in VARIANTS:
-            time_, memory = row["time"][name], row["bytes"]
-            lines.append(
-                f"| {trained} | {name} | {time_['median']:.2f} ({time_['low']:.2f} to {time_['high']:.2f}) | "
-                f"{memory[name] / 2**20:.0f} ({memory['plain'] / 2**20:.0f}) |"
-            )
-    return "\n".join(lines)
+            memory = f"{row['bytes'][name] / 2**20:.0f} ({row['bytes']['plain'] / 2**20:.0f})"
+            rows.append([trained, name, quartiles(row["time"][name]), memory])
+    header = ["trained", "variant", "time of a plain step (quartiles)", "memory of training, MiB (plain)"]
+    return markdown(header, rows)
 
 
 def main() -> None:

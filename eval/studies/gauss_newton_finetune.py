@@ -1,4 +1,4 @@
-"""What Gauss-Newton buys in ordinary fine-tuning: LoRA and ScaLoRA with AdamW and with Gauss-Newton, at equal data.
+"""Compare AdamW and Gauss-Newton in ordinary fine-tuning with LoRA and ScaLoRA, at equal data.
 
     python -m eval.studies.gauss_newton_finetune --model SMOLLM2 --data gsm8k/train.jsonl.gz \\
         --eval-data gsm8k/test.jsonl.gz
@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import argparse
 import gc
-import glob
-import json
 import os
 import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
 
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
-from eval.harness.models import load_tokenizer
+from eval.harness.record import kept, read_all
 from peft_scalora import GaussNewtonCallback, GaussNewtonConfig, ScaLoRAConfig
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
 from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
+from peft_scalora.finetuning.prompts import load_tokenizer
+from peft_scalora.finetuning.trainer import build_trainer
 
 ADAPTERS = {"lora": LoraConfig, "scalora": ScaLoRAConfig}
 SETTINGS = ("steps", "inner_steps", "batch_size", "max_length", "eval_rows", "seed")
@@ -50,20 +48,20 @@ def run(arguments: argparse.Namespace, adapter: str, method: str, rate: float) -
     config = ADAPTERS[adapter](r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     config.scaling_interval = 2 if method == "gn" else 10  # of outer steps
     gauss_newton = GaussNewtonConfig(variant="prox_linear", inner_steps=arguments.inner_steps, inner_optimizer="adamw")
-    trainer = Trainer(
-        model=get_peft_model(model, config),
-        args=TrainingArguments(
-            output_dir=os.path.join("runs", "gauss_newton_finetune"),
-            learning_rate=rate,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=arguments.batch_size,
-            per_device_eval_batch_size=8,
-            max_steps=arguments.steps,
-            logging_steps=arguments.inner_steps + 1,
-            save_strategy="no",
-            report_to="none",
-            seed=arguments.seed,
-        ),
+    fields = {
+        "output_dir": os.path.join("runs", "gauss_newton_finetune"),
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": arguments.batch_size,
+        "per_device_eval_batch_size": 8,
+        "max_steps": arguments.steps,
+        "logging_steps": arguments.inner_steps + 1,
+        "save_strategy": "no",
+        "seed": arguments.seed,
+    }
+    trainer = build_trainer(
+        get_peft_model(model, config),
+        fields,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
@@ -81,24 +79,21 @@ def run(arguments: argparse.Namespace, adapter: str, method: str, rate: float) -
         "loss": trainer.evaluate()["eval_loss"],
         "seconds": seconds,
         "log": trainer.state.log_history,
-        "settings": {name: vars(arguments)[name] for name in SETTINGS},
     }
 
 
-def table(folder: str) -> str:
-    best, tried = {}, {}
-    for path in sorted(glob.glob(os.path.join(folder, "*.json"))):
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
-        name = result["adapter"], result["method"]
-        tried.setdefault(name, []).append(result["learning_rate"])
-        best[name] = min(best.get(name, result), result, key=lambda r: r["loss"])
-    lines = ["| | learning rate (tried) | held-out answer loss | CPU seconds |", "|---|---|---|---|"]
-    for name, result in best.items():
-        rates = ", ".join(f"{rate:g}" for rate in sorted(tried[name]))
-        loss = f"{result['loss_before']:.3f} → {result['loss']:.3f}"
-        lines.append(f"| {' '.join(name)} | {result['learning_rate']:g} ({rates}) | {loss} | {result['seconds']:.0f} |")
-    return "\n".join(lines)
+def table(runs: Sequence[dict]) -> str:
+    """Return a Markdown table of the best run of every adapter and optimizer."""
+    by_name = defaultdict(list)
+    for result in runs:
+        by_name[f"{result['adapter']} {result['method']}"].append(result)
+    rows = []
+    for name, found in by_name.items():
+        best = min(found, key=lambda result: result["loss"])
+        tried = ", ".join(f"{rate:g}" for rate in sorted(result["learning_rate"] for result in found))
+        loss = f"{best['loss_before']:.3f} → {best['loss']:.3f}"
+        rows.append([name, f"{best['learning_rate']:g} ({tried})", loss, f"{best['seconds']:.0f}"])
+    return markdown(["", "learning rate (tried)", "held-out answer loss", "CPU seconds"], rows)
 
 
 def main() -> None:
@@ -116,16 +111,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="results/gauss_newton/finetune")
     arguments = parser.parse_args()
-    os.makedirs(arguments.output, exist_ok=True)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     for adapter in arguments.adapters:
         for method in arguments.methods:
             for rate in RATES[method]:
                 path = os.path.join(arguments.output, f"{adapter}-{method}-{rate:g}.json")
-                if not os.path.exists(path):
-                    replace_file(path, json.dumps(run(arguments, adapter, method, rate), indent=1))
-                    gc.collect()  # a Trainer and its model are freed by the collector only
-    replace_file(os.path.join(arguments.output, "finetune.md"), table(arguments.output) + "\n")
-    print(table(arguments.output))
+                kept(path, settings, partial(run, arguments, adapter, method, rate))
+                gc.collect()  # a Trainer and its model are freed by the collector only
+    text = table(read_all(arguments.output))
+    replace_file(os.path.join(arguments.output, "finetune.md"), text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

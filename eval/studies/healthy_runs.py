@@ -26,7 +26,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from eval.studies.long_run import byte_stream
+from eval.harness.corpus import byte_stream, windows
+from eval.harness.record import read
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.files.atomic import replace_file
 from peft_scalora.finetuning.corpus import generate
@@ -58,8 +59,7 @@ def batches(kind: str, batch: int, seed: int):
     if kind != "bert":
         data = byte_stream(5000, 0)
         while True:
-            starts = torch.randint(0, len(data) - LENGTH, (batch,), generator=generator)
-            ids = torch.stack([data[start : start + LENGTH] for start in starts])
+            ids = windows(data, LENGTH, batch, generator)
             yield {"input_ids": ids, "labels": ids}
     rows = generate("train", 4000, 0)
     while True:
@@ -101,8 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = []
     if os.path.exists(arguments.output):
-        with open(arguments.output, encoding="utf-8") as file:
-            runs = json.load(file)["runs"]
+        runs = read(arguments.output)["runs"]
     done = {run["name"] for run in runs}
     for kind, variant in tqdm([k for k in itertools.product(RATES, range(4)) if run_name(*k) not in done]):
         runs.append(train(kind, variant, arguments.steps))

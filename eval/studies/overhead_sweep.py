@@ -1,4 +1,4 @@
-"""How the cost of ScaLoRA grows: with r, R, tokens, layers and hidden size, one at a time, and with the interval I.
+"""Measure how ScaLoRA's cost grows with r, R, tokens, layers and hidden size, one at a time, and with the interval I.
 
 For every point a Llama of random weights is trained with LoRA and with ScaLoRA (full accumulators), interleaved in one
 process: the time of a rescaling, the mean of a fold and a recompression, and the step time over LoRA's.
@@ -18,9 +18,11 @@ import torch
 from tqdm import tqdm
 
 import peft_scalora
-from eval.overhead import configurations, make_base, make_run, timed, with_interval
-from peft_scalora.files.atomic import replace_file, replacing
-from peft_scalora.plots import require_matplotlib
+from eval.harness.timing import timed, with_interval
+from eval.overhead_runs import configurations, make_base, make_run
+from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.tables import markdown
+from peft_scalora.plots import require_matplotlib, save_png
 
 BASE = {"hidden": 512, "layers": 2, "tokens": 256, "r": 8, "R": 64}
 SWEEPS = {
@@ -77,9 +79,9 @@ def growth(results: list[dict], name: str) -> float:
 
 
 def draw(path: str, sweeps: dict[str, list[dict]]) -> None:
-    """Top: milliseconds of a rescaling. Bottom: step time over LoRA's, without rescaling and for I = 10 and 1."""
-    pyplot = require_matplotlib()
-    figure, axes = pyplot.subplots(2, len(sweeps), figsize=(3.1 * len(sweeps), 5.6), sharex="col", sharey="row")
+    """Plot milliseconds of a rescaling above, and step time over LoRA's below: none, every 10 and every step."""
+    size = (3.1 * len(sweeps), 5.6)
+    figure, axes = require_matplotlib().subplots(2, len(sweeps), figsize=size, sharex="col", sharey="row")
     for (name, results), (top, bottom) in zip(sweeps.items(), axes.T):
         values = [r["point"][name] for r in results]
         times = [1000 * statistics.median(r["seconds"]["rescaling"]) for r in results]
@@ -98,32 +100,28 @@ def draw(path: str, sweeps: dict[str, list[dict]]) -> None:
     axes[0, 0].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].yaxis.set_minor_formatter("{x:g}")
     axes[1, 0].set_ylabel("step time over LoRA")
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    pyplot.close(figure)
+    axes[1, 0].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize=8)
+    save_png(figure, path)
 
 
 def table(sweeps: dict[str, list[dict]]) -> str:
-    lines = [
-        "| varied | values | one rescaling, relative | power | step time over LoRA at I = 10 |",
-        "|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of how times grow with each quantity, and the times at other intervals."""
+    rows = []
     for name, results in sweeps.items():
         times = [statistics.median(r["seconds"]["rescaling"]) for r in results]
-        cells = (
+        cells = [
+            LABELS[name],
             ", ".join(str(r["point"][name]) for r in results),
             ", ".join(f"{t / times[0]:.2f}" for t in times),
             f"{growth(results, name):.2f}",
             ", ".join(f"{ratio(r, 10):.2f}" for r in results),
-        )
-        lines.append(f"| {LABELS[name]} | " + " | ".join(cells) + " |")
+        ]
+        rows.append(cells)
     whole = next(r for r in sweeps["hidden"] if r["point"] == BASE)
     ratios = ", ".join(f"{ratio(whole, i):.2f}" for i in INTERVALS)
     intervals = ", ".join(map(str, INTERVALS))
-    return "\n".join(lines) + f"\n\nStep time over LoRA at I = {intervals} ({json.dumps(BASE)}): {ratios}"
+    header = ["varied", "values", "one rescaling, relative", "power", "step time over LoRA at I = 10"]
+    return f"{markdown(header, rows)}\n\nStep time over LoRA at I = {intervals} ({json.dumps(BASE)}): {ratios}"
 
 
 def main() -> None:

@@ -22,8 +22,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval.studies.long_run import byte_stream
+from eval.harness.corpus import byte_stream, held_out_loss, in_rows, windows
+from eval.harness.record import read
+from eval.harness.statistics import median_and_range, running
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.claim import refuse_other_run
+from peft_scalora.files.tables import markdown
 from peft_scalora.plots import finish_panel, panels, save_png
 from peft_scalora.stability import HiddenStateProbe, detect_instability, scale_residual, to_peri_ln
 
@@ -70,8 +74,7 @@ def train(arguments: argparse.Namespace, norm: str, step: float, decay: float, s
     started = time.perf_counter()
     with HiddenStateProbe(model, every=PROBE_EVERY) as probe:
         for number in range(1, arguments.steps + 1):
-            starts = torch.randint(0, len(data) - arguments.length, (arguments.batch,), generator=generator)
-            batch = torch.stack([data[start : start + arguments.length] for start in starts])
+            batch = windows(data, arguments.length, arguments.batch, generator)
             loss = model(input_ids=batch, labels=batch).loss
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -84,9 +87,7 @@ def train(arguments: argparse.Namespace, norm: str, step: float, decay: float, s
             optimizer.step()
             schedule.step()
         bound = probe.bound(probe.profiles[-1]) if norm == "peri" else None
-    model.eval()
-    with torch.no_grad():
-        held_out_loss = model(input_ids=held_out, labels=held_out).loss.item()
+    final = held_out_loss(model, held_out)
     report = detect_instability(losses)
     profiles = [p for p in probe.profiles if all(map(math.isfinite, p.mean_abs))]
     return {
@@ -96,7 +97,7 @@ def train(arguments: argparse.Namespace, norm: str, step: float, decay: float, s
         "seed": seed,
         "diverged": report.diverged,
         "spikes": sum(event.kind == "spike" for event in report.events),
-        "held_out_loss": held_out_loss if math.isfinite(held_out_loss) else None,
+        "held_out_loss": final if math.isfinite(final) else None,
         "mean_abs": profiles[-1].mean_abs if profiles else None,
         "variance": profiles[-1].variance if profiles else None,
         "bound": bound,
@@ -113,13 +114,11 @@ def run_all(arguments: argparse.Namespace) -> list[dict]:
     settings = {name: getattr(arguments, name) for name in names}
     saved = {"settings": settings, "torch": torch.__version__, "runs": []}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-        if saved["settings"] != settings:
-            raise SystemExit(f"{path} holds runs with other settings, {saved['settings']}: choose another --output.")
+        saved = read(path)
+        refuse_other_run(f"{path} holds runs", saved["settings"], settings, "choose another --output")
     done = {(run["norm"], run["step"], run["weight_decay"], run["seed"]) for run in saved["runs"]}
-    data, held_out = byte_stream(20000, 0), byte_stream(1500, 7)
-    held_out = held_out[: arguments.length * 300].view(-1, arguments.length)
+    data = byte_stream(20000, 0)
+    held_out = in_rows(byte_stream(1500, 7), arguments.length, 300)
     # Seed by seed, so that a study that is cut short is whole for the seeds it has.
     grid = [(*kind, seed) for seed in range(arguments.seeds) for kind in itertools.product(NORMS, STEPS, DECAYS)]
     for kind in tqdm([kind for kind in grid if kind not in done], desc="runs"):
@@ -129,27 +128,31 @@ def run_all(arguments: argparse.Namespace) -> list[dict]:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: for each kind of model diverged runs, median held-out loss and growth, both weight decays."""
-    lines = [
-        "| | Δt | weight decay | diverged | held-out nats a byte | MA(X_D) | largest MA / bound |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table: of each kind of model diverged runs, median held-out loss and growth."""
+    header = ["", "Δt", "weight decay", "diverged", "held-out nats a byte", "MA(X_D)", "largest MA / bound"]
+    rows = []
     for norm, step, decay in itertools.product(NORMS, STEPS, DECAYS):
         found = [r for r in runs if (r["norm"], r["step"], r["weight_decay"]) == (norm, step, decay)]
-        whole = [r for r in found if not r["diverged"]]
-        losses = [r["held_out_loss"] for r in found if r["held_out_loss"] is not None]
-        shares = [r["largest_share_of_bound"] for r in found if r["largest_share_of_bound"]]
-        cells = [
-            NAMES[norm],
-            f"{step:g}",
-            f"{decay:g}",
-            f"{sum(r['diverged'] for r in found)}/{len(found)}",
-            f"{statistics.median(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else "not finite",
-            f"{statistics.median(r['mean_abs'][-1] for r in whole):.3g}" if whole else "",
-            f"{max(shares):.2f}" if shares else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([NAMES[norm], f"{step:g}", f"{decay:g}", *figures(found)])
+    return markdown(header, rows)
+
+
+def figures(runs: list[dict]) -> list[str]:
+    """Return the cells of one kind of model."""
+    whole = [r for r in runs if not r["diverged"]]
+    losses = [r["held_out_loss"] for r in runs if r["held_out_loss"] is not None]
+    shares = [r["largest_share_of_bound"] for r in runs if r["largest_share_of_bound"]]
+    return [
+        f"{sum(r['diverged'] for r in runs)}/{len(runs)}",
+        median_and_range(losses, ".3f") if losses else "not finite",
+        f"{statistics.median(r['mean_abs'][-1] for r in whole):.3g}" if whole else "",
+        f"{max(shares):.2f}" if shares else "",
+    ]
+
+
+def medians(curves: list[list[float]]) -> list[float]:
+    """Return the median over runs, place by place."""
+    return [statistics.median(values) for values in zip(*curves)]
 
 
 def plot(runs: list[dict], path: str) -> None:
@@ -160,13 +163,12 @@ def plot(runs: list[dict], path: str) -> None:
         if not found:
             continue
         style = {"color": f"C{number}", "label": f"{NAMES[norm]}, Δt = {step:g}", "linewidth": 1.6}
-        by_depth = [statistics.median(values) for values in zip(*(r["mean_abs"] for r in found))]
+        by_depth = medians([r["mean_abs"] for r in found])
         depth.plot(range(len(by_depth)), by_depth, **style)
         if norm == "peri":
-            bound = [statistics.median(values) for values in zip(*(r["bound"] for r in found))]
+            bound = medians([r["bound"] for r in found])
             depth.plot(range(len(bound)), bound, "--", color=f"C{number}", linewidth=1.0, label="its bound")
-        curves = [statistics.median(values) for values in zip(*(r["losses"] for r in found))]
-        smooth = [statistics.median(curves[max(0, i - 9) : i + 1]) for i in range(len(curves))]
+        smooth = running(statistics.median, medians([r["losses"] for r in found]))
         loss.plot(range(1, len(smooth) + 1), smooth, **style)
     depth.set_yscale("log")
     loss.set_ylim(top=3.2)

@@ -24,5 +24,5 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = (" ".join(cell.splitlines()).replace("|", r"\|") for cell in cells)
-    return "|" + "".join(f" {cell} |" if cell else " |" for cell in escaped)
+    escaped = [" ".join(cell.splitlines()).replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"

@@ -1,0 +1,43 @@
+"""Seconds of calls, and of one kind of step over another's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .statistics import with_range
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device: str, call: Callable[[], None]) -> float:
+    """Return the seconds of a call, with all that it has given to the device."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def with_interval(without: list[float], rescaling: list[float], interval: float) -> list[float]:
+    """Return the mean seconds of a step where one step in `interval` rescales."""
+    return [a + (b - a) / interval for a, b in zip(without, rescaling)]
+
+
+def ratios(seconds: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles of `seconds` over those of the others, pair by pair."""
+    pairs = [a / b for a, b in zip(seconds, others)]
+    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
+    return {"median": statistics.median(pairs), "low": low, "high": high}
+
+
+def quartiles(found: dict[str, float]) -> str:
+    """Return what `ratios` has found as "median (low to high)"."""
+    return with_range(found["median"], found["low"], found["high"], ".2f")

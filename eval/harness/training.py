@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from eval.baselines import METHODS, Prepared, prepare
 from eval.baselines.shared import is_quantized, task_type
-from peft_scalora.maths.scaling import SCALINGS
 from peft_scalora.files.checkpoints import last_complete_checkpoint
+from peft_scalora.maths.scaling import SCALINGS
 
 from .ranks import this_process
 from .record import clock, peak_memory_bytes

@@ -10,7 +10,6 @@ repeated.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,12 +19,14 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from eval.baselines.mora import HEADS
 from eval.glue_metric.scores import scores
-from eval.harness.models import load_tokenizer, quantization_config
+from eval.harness.models import quantization_config
 from eval.harness.once import run_once
+from eval.harness.options import Place, option, parse
 from eval.harness.ranks import over_ranks
 from eval.harness.record import checkpoints, is_main_process
 from eval.harness.rows import Field, Rows, Source, load, split_dev
-from eval.harness.training import DTYPES, Training, add_arguments, from_arguments, settings_of, train
+from eval.harness.training import DTYPES, Training, settings_of, train
+from peft_scalora.finetuning.prompts import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -182,20 +183,21 @@ def _train_and_score(task: str, settings: Training, parts: dict[str, Rows], fold
     return model
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The task, and which of its rows are used."""
+
+    task: str = option(help="the GLUE task", choices=tuple(TASKS))
+    train_rows: int | None = option(None, "use the first so many; all unless given")
+    dev_rows: int = option(400, "taken out of the training rows")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=list(TASKS))
-    parser.add_argument("--data-dir", help="folder with glue/TASK/SPLIT.jsonl.gz; the hub unless given")
-    parser.add_argument("--train-rows", type=int, help="use the first so many; all unless given")
-    parser.add_argument("--dev-rows", type=int, default=400, help="taken out of the training rows")
-    parser.add_argument("--output", required=True, help="the run's JSON")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    settings = from_arguments(arguments)
-    sizes = {"train_rows": arguments.train_rows, "dev_rows": arguments.dev_rows}
-    result = run(arguments.task, settings, arguments.data_dir, sizes, arguments.output, arguments.save_adapter)
+    evaluation, settings, place = parse(__doc__, (Evaluation, Training, Place))
+    sizes = {"train_rows": evaluation.train_rows, "dev_rows": evaluation.dev_rows}
+    result = run(evaluation.task, settings, place.data_dir, sizes, place.output, place.save_adapter)
     if is_main_process():
-        print(f"{arguments.task}, {settings.method}: {result['metrics']}")
+        print(f"{evaluation.task}, {settings.method}: {result['metrics']}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ repeated. Models are kept below --models. The table and the plot are of all resu
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shutil
@@ -21,8 +20,9 @@ from types import ModuleType
 
 import transformers
 
+from eval.harness.options import option, parse, several
 from eval.harness.record import checkpoints, clock, finished, recorded, short_hash
-from eval.harness.training import Training, add_arguments, from_arguments, settings_of
+from eval.harness.training import Training, TrainingOptions, settings_of
 from eval.optimizing import (
     combinations,
     distillation,
@@ -168,54 +168,67 @@ def _file_name(name: str) -> str:
     return name.replace(", ", "-then-")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="sst2", help="a GLUE task (default: sst2), or commonsense")
-    parser.add_argument("--data-dir", help="folder with glue/ or commonsense/ (default: the hub)")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="all, modules or rows")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--full-learning-rate", type=float, default=1e-4, help="where all weights are trained")
-    parser.add_argument("--search-trials", type=int, default=6)
-    parser.add_argument("--train-rows", type=int)
-    parser.add_argument("--dev-rows", type=int, default=200)
-    parser.add_argument("--test-rows", type=int, help="evaluation rows (default: all)")
-    parser.add_argument("--models", default="runs/methods", help="folder for the models")
-    parser.add_argument("--output", required=True, help="folder for results, table and plot")
-    add_arguments(parser, without=("method", "eval_steps", "save_adapter"))  # rows are --methods, and have no curve
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Comparison:
+    """Which rows of the table are made, on which rows of data, and where they go."""
+
+    output: str = option(help="folder for results, table and plot")
+    task: str = option("sst2", "a GLUE task, or commonsense")
+    data_dir: str | None = option(None, "folder with glue/ or commonsense/; the hub unless given")
+    methods: list[str] = several(["all"], "all, modules or rows")  # noqa: RUF009
+    seeds: list[int] = several([0], "of every row")  # noqa: RUF009
+    full_learning_rate: float = option(1e-4, "where all weights are trained")
+    search_trials: int = option(6, "of the hyperparameter search")
+    train_rows: int | None = option(None, "all unless given")
+    dev_rows: int = option(200, "taken out of the training rows")
+    test_rows: int | None = option(None, "evaluation rows; all unless given")
+    models: str = option("runs/methods", "folder for the models")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing; the number of rows that failed."""
-    arguments = parse(argv)
-    transformers.logging.set_verbosity_error()  # every load of a base model reports that its head is new
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every product on a CPU warns of a cast
-    names = chosen_rows(arguments.methods)
-    rows = ("model", "task", "data_dir", "max_length", "train_rows", "dev_rows", "test_rows")
-    task_settings = TaskSettings(**{name: getattr(arguments, name) for name in rows})
-    task, training = load_task(task_settings), from_arguments(arguments)
-    models = models_folder(arguments.models, arguments.output)
-    failed = 0
-    for seed in arguments.seeds:
-        run = Run(
+def parsed(arguments: Sequence[str] | None) -> tuple[Comparison, Training]:
+    """Return what is compared, and how adapters are trained; rows are of `methods`, and have no curve."""
+    comparison, options = parse(__doc__, (Comparison, TrainingOptions), arguments)
+    return comparison, Training(**vars(options))
+
+
+def runs(comparison: Comparison, training: Training) -> Iterator[Run]:
+    """Yield a run for every seed."""
+    names = ("task", "data_dir", "train_rows", "dev_rows", "test_rows")
+    rows = {name: getattr(comparison, name) for name in names}
+    task_settings = TaskSettings(training.model, max_length=training.max_length, **rows)
+    task = load_task(task_settings)
+    models = models_folder(comparison.models, comparison.output)
+    for seed in comparison.seeds:
+        yield Run(
             task,
             task_settings,
             replace(training, seed=seed),
-            arguments.full_learning_rate,
-            arguments.search_trials,
+            comparison.full_learning_rate,
+            comparison.search_trials,
             models,
-            arguments.output,
+            comparison.output,
         )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, and return the number of rows that failed."""
+    comparison, training = parsed(arguments)
+    transformers.logging.set_verbosity_error()  # every load of a base model reports that its head is new
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every product on a CPU warns of a cast
+    names = chosen_rows(comparison.methods)
+    failed = 0
+    for run in runs(comparison, training):
         for name in with_requirements(names):
+            about = f"{name}, seed {run.training.seed}"
             try:
                 result = run.do(name)
             except Exception as error:  # the row says so, and the others are worth having
                 failed += 1
-                print(f"{name}, seed {seed}: failed: {error}", file=sys.stderr, flush=True)
+                print(f"{about}: failed: {error}", file=sys.stderr, flush=True)
                 continue
-            print(f"{name}, seed {seed}: {result.get('unfit') or result['metrics']}", flush=True)
-            write_report(arguments.output, list(MODULE_OF))
-    write_report(arguments.output, list(MODULE_OF))
+            print(f"{about}: {result.get('unfit') or result['metrics']}", flush=True)
+            write_report(comparison.output, list(MODULE_OF))
+    write_report(comparison.output, list(MODULE_OF))
     return failed
 
 

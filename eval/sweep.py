@@ -5,8 +5,8 @@
 
 All that follows `--` goes to the module. A method is a name with settings of its own after commas. The rate is chosen
 by the dev metric of the first seed; while the best is at an end of its grid, the grid grows there by its own ratio, so
-no method is judged by an end. Trials are in `sweep.db` (optuna, sqlite), runs one JSON each; a sweep that is continued
-repeats nothing. A run that crashes is a trial that failed, and stays to be seen in the report.
+no method is judged by an end. Every run leaves one JSON; a sweep that is continued repeats nothing. A run that crashes
+stays to be seen in the report.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
-import optuna
 from tqdm import tqdm
 
 from eval.harness.record import FAILED, FINISHED, read, to_json
 from eval.harness.training import UNTRAINED
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.claim import refuse_other_run
 
 PLAN_NAME = "plan.json"
 LOWER_IS_BETTER = ("loss",)  # ends of the names of metrics
@@ -34,7 +34,7 @@ LEAST_RATIO = 1.2  # of two rates of a grid; closer ones would be equal in two d
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is run: a module with its arguments, and where its JSONs go."""
+    """A module to run, its arguments, and where its JSONs go."""
 
     module: str
     arguments: tuple[str, ...]
@@ -47,31 +47,36 @@ class Sweep:
         return os.path.join(self.output, f"{method.replace(',', '-')}-lr{rate:g}-seed{seed}.json")
 
     def run(self, method: str, rate: float, seed: int) -> dict:
-        """The result of one run, which is started unless it is there; what it printed is in a .log while it runs."""
+        """Return the result of one run, which is started unless it is there."""
         path = self.path(method, rate, seed)
-        if not (os.path.exists(path) and read(path)["status"] == FINISHED):
-            name, *others = method.split(",")
-            own = [part for item in others for part in option(item)]
-            command = [sys.executable, "-m", self.module, *self.arguments, "--method", name, *own]
-            command += ["--learning-rate", f"{rate:g}", "--seed", str(seed), "--output", path]
-            log, before = f"{path}.log", _modified(path)
-            with open(log, "w", encoding="utf-8") as file:
-                code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-            if code == 0:
-                os.unlink(log)
-            elif _modified(path) == before:  # it was killed, or failed before it could say so
-                settings = {"method": name, "learning_rate": rate, "seed": seed}
-                failed = {"status": FAILED, "settings": settings, "error": f"exit status {code}: see {log}"}
-                replace_file(path, to_json(failed))
+        if os.path.exists(path):
+            found = read(path)
+            if found["status"] == FINISHED:
+                return found
+            os.unlink(path)  # of a failure, so that what is there afterwards is of this attempt
+        self._start(method, rate, seed, path)
         return read(path)
 
-
-def _modified(path: str) -> int | None:
-    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+    def _start(self, method: str, rate: float, seed: int, path: str) -> None:
+        """Run the module; what it prints is in a .log while it runs, and stays there if it fails."""
+        name, *others = method.split(",")
+        command = [sys.executable, "-m", self.module, *self.arguments, "--method", name]
+        for item in others:
+            command += option(item)
+        command += ["--learning-rate", f"{rate:g}", "--seed", str(seed), "--output", path]
+        log = f"{path}.log"
+        with open(log, "w", encoding="utf-8") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        if code == 0:
+            os.unlink(log)
+        elif not os.path.exists(path):  # it was killed, or failed before it could say so
+            settings = {"method": name, "learning_rate": rate, "seed": seed}
+            failed = {"status": FAILED, "settings": settings, "error": f"exit status {code}: see {log}"}
+            replace_file(path, to_json(failed))
 
 
 def option(item: str) -> list[str]:
-    """ "scaling_interval=1" as a command line has it; a field set to True or False is a switch."""
+    """Return "scaling_interval=1" as a command line has it; a field set to True or False is a switch."""
     name, _, value = item.partition("=")
     name = name.replace("_", "-")
     return {"True": [f"--{name}"], "False": [f"--no-{name}"]}.get(value, [f"--{name}", value])
@@ -106,7 +111,7 @@ def next_rate(values: dict[float, float]) -> float | None:
     return float(f"{end * (rates[0] / rates[1] if end == rates[0] else rates[-1] / rates[-2]):.2g}")
 
 
-def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
+def tune(sweep: Sweep, method: str, progress: tqdm) -> None:
     """Grid on the first seed, extended until its best is inside, then the other seeds at the best rate.
 
     The untrained model is run once.
@@ -114,15 +119,12 @@ def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
     if method == UNTRAINED:
         sweep.run(method, sweep.rates[0], 0)
         return
-    name = os.path.join(os.path.basename(sweep.output), method)
-    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     values: dict[float, float] = {}
     waiting = list(sweep.rates)
     while waiting:
         rate = waiting.pop(0)
         progress.set_postfix_str(f"{method} {rate:g}")
         values[rate] = dev_value(sweep.run(method, rate, 0))
-        note(study, rate, values[rate])
         progress.update()
         if not waiting and len(values) < sweep.max_rates:
             further = next_rate(values)
@@ -132,18 +134,6 @@ def tune(sweep: Sweep, method: str, storage: str, progress: tqdm) -> None:
     for seed in range(1, sweep.seeds):
         sweep.run(method, best_rate(values), seed)
         progress.update()
-
-
-def note(study: optuna.Study, rate: float, value: float) -> None:
-    """Keep a trial in the study, once."""
-    failed = value == float("-inf")
-    state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
-    if any(trial.state == state and trial.params["learning_rate"] == rate for trial in study.trials):
-        return
-    study.enqueue_trial({"learning_rate": rate})
-    trial = study.ask()
-    trial.suggest_float("learning_rate", 1e-8, 1e3, log=True)
-    study.tell(trial, None if failed else value, state=state)
 
 
 def save_plan(sweep: Sweep, methods: list[str]) -> None:
@@ -162,9 +152,7 @@ def save_plan(sweep: Sweep, methods: list[str]) -> None:
         "seeds": sweep.seeds,
     }
     before = read(path) if os.path.exists(path) else plan | {"methods": []}
-    changed = [name for name, value in plan.items() if before[name] != value]
-    if changed:
-        raise ValueError(f"{path} is of a sweep with other {', '.join(changed)}: choose another --output.")
+    refuse_other_run(f"{path} is of a sweep", before, plan, "choose another --output", may_change={"methods"})
     plan["methods"] = list(dict.fromkeys([*before["methods"], *methods]))
     replace_file(path, json.dumps(plan, indent=1) + "\n")
 
@@ -185,12 +173,9 @@ def main() -> None:
     sweep = Sweep(arguments.module, tuple(arguments.arguments), tuple(rates), arguments.seeds, arguments.output)
     os.makedirs(sweep.output, exist_ok=True)
     save_plan(sweep, arguments.methods)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{os.path.join(sweep.output, 'sweep.db')}"
-    optuna.storages.RDBStorage(storage)  # makes the tables before several threads would
     total = len(arguments.methods) * (len(sweep.rates) + sweep.seeds - 1)
     with tqdm(total=total, desc="runs") as progress, ThreadPoolExecutor(arguments.jobs) as pool:
-        for done in [pool.submit(tune, sweep, method, storage, progress) for method in arguments.methods]:
+        for done in [pool.submit(tune, sweep, method, progress) for method in arguments.methods]:
             done.result()
 
 

@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
 
 
 def test_unknown_tasks_and_scorings_are_refused():
-    with pytest.raises(ValueError, match="task='arc' must be one of boolq, piqa"):
+    with pytest.raises(ValueError, match="tasks='arc' must be one of boolq, piqa"):
         commonsense.Evaluation(tasks=("boolq", "arc"))
     with pytest.raises(ValueError, match="task='arc' must be one of"):
         commonsense.load_rows("arc", "test", None)
@@ -262,7 +262,7 @@ def test_a_run_leaves_one_json(whole, model_folder, data_dir):
         right = [p for p, t in zip(result["predictions"], result["prediction_tasks"], strict=True) if t == task]
         assert result["metrics"][f"accuracy_{task}"] == sum(right) / 4
     assert commonsense.run(EVALUATION, settings_for(model_folder), data_dir, whole) == result  # nothing is repeated
-    with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate="):
         commonsense.run(EVALUATION, settings_for(model_folder, learning_rate=7.0), data_dir, whole)
 
 
@@ -311,7 +311,7 @@ def test_a_run_continues_where_it_was_interrupted(where, whole, model_folder, da
     with pytest.raises(KeyboardInterrupt):
         commonsense.run(EVALUATION, settings_for(model_folder), data_dir, output)
     assert read(output)["status"] == "failed"
-    with pytest.raises(ValueError, match=r"an interrupted run with other settings \(learning_rate\)"):
+    with pytest.raises(ValueError, match=r"an interrupted run with other settings \(learning_rate="):
         commonsense.run(EVALUATION, settings_for(model_folder, learning_rate=7.0), data_dir, output)
     calls.clear()
     monkeypatch.setattr(commonsense, "log_likelihoods", lambda *args: calls.append(args[3]) or original(*args))
@@ -331,10 +331,10 @@ def test_the_untrained_model_over_two_processes(model_folder, data_dir, tmp_path
         "--test-rows", "5", "--dev-rows", "16", "--output",
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, *command, str(tmp_path / "two.json")], check=True, capture_output=True, timeout=200)
+    subprocess.run([*launch, *command, str(tmp_path / "two.json")], check=True, capture_output=True)
     evaluation = commonsense.Evaluation(test_rows=5, dev_rows=16)
     one = commonsense.run(
-        evaluation, Training(model_folder, "none", max_length=512), data_dir, str(tmp_path / "one.json")
+        evaluation, Training(model_folder, method="none", max_length=512), data_dir, str(tmp_path / "one.json")
     )
     two = read(tmp_path / "two.json")
     assert two["environment"]["processes"] == 2 and two["trainable_parameters"] == 0

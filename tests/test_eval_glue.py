@@ -167,7 +167,9 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(tmp_path,
     first = glue.run("cola", settings(tmp_path), data, sizes, path)
     monkeypatch.setattr(glue, "train", None)
     assert glue.run("cola", settings(tmp_path), data, sizes, path) == json.loads(json.dumps(first))
-    with pytest.raises(ValueError, match=r"other settings \(learning_rate\): choose another --output"):
+    with pytest.raises(
+        ValueError, match=r"\(learning_rate=0.01 there, 0.5 here\): choose another --output"
+    ):
         glue.run("cola", settings(tmp_path, learning_rate=0.5), data, sizes, path)
 
 
@@ -198,7 +200,7 @@ def test_another_task_and_other_rows_are_another_run(tmp_path):
     write_task(tmp_path, "sst2", task_rows("sst2"))
     sizes, path = {"train_rows": None, "dev_rows": 10}, str(tmp_path / "run.json")
     glue.run("cola", settings(tmp_path), data, sizes, path)
-    with pytest.raises(ValueError, match=r"other settings \(task, data\)"):
+    with pytest.raises(ValueError, match=r"other settings \(data, task='glue/cola' there, 'glue/sst2' here\)"):
         glue.run("sst2", settings(tmp_path), data, sizes, path)
     flipped = [row | {"label": 1 - row["label"]} for row in task_rows("cola")]
     with pytest.raises(ValueError, match=r"other settings \(data\)"):

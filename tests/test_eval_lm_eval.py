@@ -19,9 +19,9 @@ from lm_eval.tasks import TaskManager
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from eval.commonsense import load_rows
 from eval.harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods
 from eval.lm_eval.agreement import lm_eval_scores, our_scores, page
+from eval.tasks.commonsense import load_rows
 from peft_scalora import export_lora, export_merged
 
 RESULTS = Path(__file__).parents[1] / "results"

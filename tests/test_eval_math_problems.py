@@ -12,10 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from eval import math_problems
-from eval.harness.prompts import encode
+from eval.check_answers import check_answers
+from eval.check_answers import main as check_answers_main
 from eval.harness.rows import DataError
 from eval.harness.training import Training
-from eval.math_problems import Evaluation, check_answers, load_problems, load_test, run
+from eval.math_problems import Evaluation, run
+from eval.tasks.math_problems import load_problems, load_test
 
 BEFORE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 TEXTS = {  # what a model might write where 7 is right: strictly and flexibly right, or not
@@ -177,15 +179,6 @@ def test_texts_of_another_model_are_not_continued(model_folder, data_dir, tmp_pa
     assert folders[0] != folders[1]
 
 
-def test_only_the_answer_and_its_end_are_trained_on():
-    tokenizer = byte_tokenizer()
-    row = encode("ab", "cde", tokenizer)
-    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "d", "e", "<eos>"]
-    assert row["labels"] == [-100, -100, *row["input_ids"][2:]]
-    assert encode("ab", "cde", tokenizer, max_length=6) == row
-    assert encode("ab", "cde", tokenizer, max_length=5) is None
-
-
 def test_rows_that_are_too_long_are_counted(model_folder, data_dir, tmp_path):
     rows = [{"query": "?" * (i % 2) * 300, "response": "#### 1"} for i in range(20)]
     rows = [row | {"query": row["query"] or "short"} for row in rows]
@@ -291,6 +284,6 @@ def test_the_command(model_folder, data_dir, tmp_path, monkeypatch, capsys):
     assert len(result["predictions"]) == 6 and result["data"]["train"]["rows"] == 8
     assert "text" not in result["rows"][0]
 
-    monkeypatch.setattr(sys, "argv", f"x --check-answers --data-dir {data_dir}".split())
+    monkeypatch.setattr(sys, "argv", f"x --data-dir {data_dir}".split())
     with pytest.raises(SystemExit, match=r"^0$"):
-        math_problems.main()
+        check_answers_main()

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from eval import methods
+from eval.harness import training as harness_training
 from eval.harness.training import Training
 from eval.optimizing import common, hyperparameters, pruning, quantization, structure
 from eval.optimizing.common import Row
@@ -65,9 +66,8 @@ def arguments(place, output, *others):
 @pytest.fixture(scope="module")
 def run(place):
     """A run whose rows are built in this process."""
-    parsed = methods.parse(arguments(place, "here"))
+    _, training = methods.parsed(arguments(place, "here"))
     settings = TaskSettings(place[1], data_dir=place[2], dev_rows=20)
-    training = methods.from_arguments(parsed)
     return methods.Run(
         load_task(settings), settings, training, 1e-3, 2, str(place[0] / "built"), str(place[0] / "here")
     )
@@ -127,7 +127,7 @@ def interrupted(monkeypatch, after):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", counted)
-        for module in (methods, common, hyperparameters, eval.harness.training):
+        for module in (methods, common, hyperparameters, harness_training):
             patch.setattr(module, "clock", lambda: len(done))
         yield done
 
@@ -262,7 +262,7 @@ def test_outputs_of_the_same_name_have_models_of_their_own(place, tmp_path, monk
 @pytest.mark.parametrize("option", [["--save-adapter"], ["--eval-steps", "5"]])
 def test_options_that_would_do_nothing_are_refused(place, capsys, option):
     with pytest.raises(SystemExit):
-        methods.parse(arguments(place, "here", *option))
+        methods.parsed(arguments(place, "here", *option))
     assert f"unrecognized arguments: {option[0]}" in capsys.readouterr().err
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from unittest.mock import patch
 
-import optuna
 import pytest
 
 from eval.sweep import best_rate, main, next_rate, option
@@ -80,9 +79,9 @@ def test_methods_may_be_added_and_nothing_else_changed(tmp_path):
     calls = sweep(tmp_path, "dora", rates=rates)
     assert {method for method, *_ in calls} == {"dora"}
     assert json.loads((tmp_path / "runs" / "plan.json").read_text())["methods"] == ["lora", "dora"]
-    with pytest.raises(ValueError, match=r"of a sweep with other arguments: choose another --output"):
+    with pytest.raises(ValueError, match=r"of a sweep with other settings \(arguments\): choose another --output"):
         sweep(tmp_path, "lora", rates=rates, optimum="1e-4")
-    with pytest.raises(ValueError, match=r"of a sweep with other seeds"):
+    with pytest.raises(ValueError, match=r"of a sweep with other settings \(seeds=2 there, 1 here\)"):
         sweep(tmp_path, "lora", rates=rates, seeds=1)
 
 
@@ -92,12 +91,6 @@ def test_a_crash_is_recorded_and_the_best_of_the_others_chosen(tmp_path):
     assert crashed["status"] == "failed" and "exit status 3" in crashed["error"]
     assert crashed["settings"]["learning_rate"] == 0.1 and (tmp_path / "runs" / "lora-lr0.1-seed0.json.log").exists()
     assert (tmp_path / "runs" / "lora-lr0.01-seed1.json").exists()
-    storage = f"sqlite:///{tmp_path / 'runs' / 'sweep.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    study = optuna.load_study(study_name=name, storage=storage)
-    states = {round(trial.params["learning_rate"], 6): trial.state.name for trial in study.trials}
-    assert states == {0.001: "COMPLETE", 0.01: "COMPLETE", 0.1: "FAIL"}
-    assert study.best_value == pytest.approx(-abs(math.log10(0.01 / 0.09)))
 
 
 def test_a_method_that_always_crashes_ends_its_sweep(tmp_path):
@@ -139,10 +132,6 @@ def test_the_latest_failure_is_the_one_that_is_told(tmp_path):
     path.write_text(json.dumps({"status": "failed", "error": "an old one"}))
     sweep(tmp_path, "lora", rates=rates, seeds=1, crash_from="0.05")
     assert "exit status 3" in json.loads(path.read_text())["error"]
-    sweep(tmp_path, "lora", rates=rates, seeds=1, crash_from="0.05")
-    storage = f"sqlite:///{tmp_path / 'runs' / 'sweep.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    assert len(optuna.load_study(study_name=name, storage=storage).trials) == 3  # a repeated failure is not another
 
 
 def test_options_of_a_method():

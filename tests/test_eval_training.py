@@ -21,6 +21,7 @@ from eval.harness.training import Training, settings_of
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a number"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a number"),
+        ({"smoothness": "big"}, "smoothness='big' must be a number, or auto"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(fields, message):
@@ -51,7 +52,7 @@ def test_a_run_on_another_number_of_processes_is_another_run(tmp_path):
     found = record.read(path)
     found["environment"]["processes"] = 2
     (tmp_path / "run.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=r"with other settings \(processes\)"):
+    with pytest.raises(ValueError, match=r"with other settings \(processes=2 there, 1 here\)"):
         record.finished(path, *identity)
 
 
@@ -65,7 +66,7 @@ def test_an_interrupted_run_is_continued_on_as_many_processes(tmp_path):
     begun["environment"]["processes"] = 2
     kept.write_text(json.dumps(begun))
     with (
-        pytest.raises(ValueError, match=r"interrupted run with other settings \(processes\)"),
+        pytest.raises(ValueError, match=r"interrupted run with other settings \(processes=2 there, 1 here\)"),
         record.recorded(path, *identity),
     ):
         pass

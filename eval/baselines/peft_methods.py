@@ -178,7 +178,7 @@ def scalora(model, settings, batches) -> Prepared:
         **shared_fields(model, settings),
         scaling=settings.scaling,
         scaling_interval=settings.scaling_interval,
-        smoothness=settings.smoothness,
+        smoothness=settings.smoothness_constant,
         accumulator_rank=settings.accumulator_rank,
     )
     prepared = Prepared(get_peft_model(model, config), effective_rank=effective_rank)

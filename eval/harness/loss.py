@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_scalora.finetuning.data import IGNORED_LABEL
+from peft_scalora.finetuning.prompts import IGNORED_LABEL
 
 from .likelihood import log_likelihoods
 from .ranks import over_ranks
@@ -15,7 +15,7 @@ from .ranks import over_ranks
 def answer_loss(
     model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], batch_size: int = 16, description: str = "loss"
 ) -> list[float]:
-    """Mean loss, in nats, of the answer's tokens of every row, as `prompts.encode` makes them.
+    """Mean loss, in nats, of the answer's tokens of every row, as `prompts.with_labels` makes them.
 
     Every process has to call it with the same rows.
     """

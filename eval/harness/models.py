@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from peft_scalora.finetuning.prompts import load_tokenizer
 
 from .training import DTYPES, Training
 
@@ -24,13 +26,6 @@ def quantization_config(method: str, dtype: str) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=DTYPES[dtype],
         llm_int8_skip_modules=NOT_QUANTIZED,
     )
-
-
-def load_tokenizer(model: str):
-    """Tokenizer of a model's folder or hub id; it pads with EOS where it has no token for that."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
 
 
 def load_causal_lm(settings: Training):

@@ -3,83 +3,93 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from peft import TaskType
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
 from eval.baselines import METHODS, Prepared, prepare
 from eval.baselines.shared import is_quantized, task_type
 from peft_scalora.files.checkpoints import last_complete_checkpoint
+from peft_scalora.finetuning.trainer import build_trainer
 from peft_scalora.maths.scaling import SCALINGS
 
+from .options import check_choices, check_counts, option
 from .ranks import this_process
 from .record import clock, peak_memory_bytes
 
 UNTRAINED = "none"  # the method that leaves the model as it is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHOICES = {"method": (*METHODS, UNTRAINED), "dtype": tuple(DTYPES), "scaling": SCALINGS}
-POSITIVE = ("r", "steps", "batch_size", "accumulation_steps", "max_length", "eval_steps", "save_steps")
+POSITIVE = ("r", "steps", "batch_size", "accumulation_steps", "max_length", "save_steps")
 NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay")
 
 
 @dataclass(frozen=True)
-class Training:
-    """Everything that decides a run, apart from its task and rows; all of it is in the run's JSON.
+class TrainingOptions:
+    """What decides a training, but for its method; all of it is in the run's JSON.
 
     The learning rate is constant after `warmup_steps`, so that a run may be read off at any step or second.
-    The fields from `scaling` on are those of ScaLoRAConfig, and count for "scalora" and "qscalora" only; without
-    `moment_transport` a rescaling leaves the optimizer's moments as they are.
+    The fields from `scaling` on are those of ScaLoRAConfig, and count for "scalora" and "qscalora" only.
     """
 
-    model: str
-    method: str = "scalora"
-    r: int = 8
-    lora_alpha: int | None = None  # None is 2 r
-    target_modules: str = "all-linear"
-    learning_rate: float = 1e-3
-    steps: int = 100
-    batch_size: int = 16
-    accumulation_steps: int = 1
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    max_length: int = 128
-    eval_steps: int = 50  # a point of the curve
-    save_steps: int = 50
-    seed: int = 0
-    dtype: str = "float32"  # of the base model
-    scaling: str = "column"
-    scaling_interval: int = 10
-    smoothness: float | str = "auto"
-    accumulator_rank: int | None = None
-    moment_transport: bool = True
+    model: str = option(help="local folder or hub id")
+    r: int = option(
+        8, "rank of an adapter", aliases=["--rank"]
+    )  # torchrun takes --r for an option of its own, cut short
+    lora_alpha: int | None = option(None, "2 r unless given")
+    target_modules: str = option("all-linear", "layers that are adapted")
+    learning_rate: float = option(1e-3, "constant after the warmup")
+    steps: int = option(100, "optimizer steps")
+    batch_size: int = option(16, "rows of a batch, of one process")
+    accumulation_steps: int = option(1, "batches of a step")
+    warmup_steps: int = option(10, "steps in which the learning rate rises")
+    weight_decay: float = option(0.0, "of AdamW")
+    max_length: int = option(128, "tokens of a row")
+    save_steps: int = option(50, "steps between two checkpoints")
+    seed: int = option(0, "of fresh weights and the order of rows")
+    dtype: str = option("float32", "of the base model", choices=tuple(DTYPES))
+    scaling: str = option("column", "rule by which ScaLoRA scales columns", choices=tuple(SCALINGS))
+    scaling_interval: int = option(10, "steps between two rescalings")
+    smoothness: str = option("auto", "the smoothness constant, or auto")
+    accumulator_rank: int | None = option(None, "rank R of the accumulated change; 8 r unless given")
+    moment_transport: bool = option(True, "whether a rescaling carries the optimizer's moments along")
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        check_choices(self)
         check_counts(self, POSITIVE)
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a number that is not below 0.")
 
+        _ = self.smoothness_constant  # which refuses what is no number
+
     @property
     def alpha(self) -> int:
+        """Return lora_alpha, or its default."""
         return 2 * self.r if self.lora_alpha is None else self.lora_alpha
 
+    @property
+    def smoothness_constant(self) -> float | str:
+        """Return the number that `smoothness` is, or "auto"."""
+        try:
+            return "auto" if self.smoothness == "auto" else float(self.smoothness)
+        except ValueError as error:
+            raise ValueError(f"smoothness={self.smoothness!r} must be a number, or auto.") from error
 
-def check_counts(settings, names: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: one of these fields is below 1; None passes.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+
+@dataclass(frozen=True)
+class Training(TrainingOptions):
+    """Everything that decides a run, apart from its task and rows."""
+
+    method: str = option("scalora", "what is trained", choices=(*METHODS, UNTRAINED))
+    eval_steps: int = option(50, "steps between two points of the curve")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, ["eval_steps"])
 
 
 class Curve(TrainerCallback):
@@ -133,12 +143,7 @@ def train(
     Raises:
         ValueError: a row is longer than what the model reads, or one process would use several GPUs.
     """
-    longest, limit = max(len(row["input_ids"]) for row in rows), getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"max_length={settings.max_length} leaves a training row of {longest} tokens, and the model reads {limit}: "
-            f"choose max_length={limit} or less."
-        )
+    _check_rows(settings, model, rows)
     set_seed(settings.seed)
     if not is_quantized(model):  # which is where it has to be
         model = model.to(this_process().device)
@@ -148,7 +153,43 @@ def train(
     prepared = prepare(model, settings, _first_batches(rows, collator, settings.batch_size))
     setup_seconds = clock() - started
     curve = Curve(lambda: _in_eval_mode(evaluate, trainer.model), settings.eval_steps, setup_seconds)
-    fields = {
+    trainer = build_trainer(
+        prepared.model,
+        _arguments(settings, folder) | prepared.arguments,
+        classifier=task_type(prepared.model) == TaskType.SEQ_CLS,
+        trainer_class=trainer_class,
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[curve, *prepared.callbacks],
+        optimizer_cls_and_kwargs=prepared.optimizer,
+    )
+    _refuse_several_gpus(trainer.args.n_gpu)
+    curve.trainer = trainer
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    return prepared.model, _figures(prepared, trainer.state, curve.seconds, setup_seconds)
+
+
+def _check_rows(settings: Training, model: torch.nn.Module, rows: Dataset) -> None:
+    longest = max(len(row["input_ids"]) for row in rows)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length={settings.max_length} leaves a training row of {longest} tokens, and the model reads {limit}: "
+            f"choose max_length={limit} or less."
+        )
+
+
+def _refuse_several_gpus(count: int) -> None:
+    if count > 1:
+        raise ValueError(
+            f"one process sees {count} GPUs, and would split each batch over them: use accelerate launch, or "
+            "CUDA_VISIBLE_DEVICES=0 for one of them."
+        )
+
+
+def _arguments(settings: Training, folder: str) -> dict:
+    """Return the fields of TrainingArguments."""
+    return {
         "output_dir": folder,
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch_size,
@@ -158,46 +199,26 @@ def train(
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,
         "save_steps": settings.save_steps,
         "save_total_limit": 1,
         "seed": settings.seed,
         "include_num_input_tokens_seen": "non_padding",
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
-    arguments = TrainingArguments(**(fields | prepared.arguments))
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {arguments.n_gpu} GPUs, and would split each batch over them: use accelerate launch, or "
-            "CUDA_VISIBLE_DEVICES=0 for one of them."
-        )
-    trainer = trainer_class(
-        model=prepared.model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=collator,
-        callbacks=[curve, *prepared.callbacks],
-        optimizer_cls_and_kwargs=prepared.optimizer,
-    )
-    if task_type(prepared.model) == TaskType.SEQ_CLS:
-        # Its loss is a mean over the batch: Trainer would take it for one over all batches of a step, and add them up.
-        trainer.model_accepts_loss_kwargs = False
-    curve.trainer = trainer
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    figures = {
+
+
+def _figures(prepared: Prepared, state: TrainerState, train_seconds: float, setup_seconds: float) -> dict:
+    """Return what a run's JSON has of its training."""
+    return {
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "effective_rank": _mean_rank(prepared),
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
+        "steps": state.global_step,
+        "tokens": state.num_input_tokens_seen,
         "setup_seconds": setup_seconds,
-        "train_seconds": curve.seconds,
+        "train_seconds": train_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        **_points(trainer.state.log_history),
+        **_points(state.log_history),
     }
-    return prepared.model, figures
 
 
 def _untrained(model: torch.nn.Module, evaluate: Callable) -> tuple[torch.nn.Module, dict]:
@@ -245,39 +266,7 @@ def _points(log: list[dict]) -> dict:
     return {"losses": losses, "curve": curve}
 
 
-def add_arguments(parser, without: Sequence[str] = ()) -> None:
-    """One option for every field of `Training`, and "save_adapter", but for those `without`."""
-    if "save_adapter" not in without:
-        parser.add_argument("--save-adapter", action="store_true", help="keep the trained adapter in OUTPUT.adapter")
-    kinds = {"int": int, "float": float, "str": str, "int | None": int, "float | str": _number_or_word}
-    for field in fields(Training):
-        if field.name in without:
-            continue
-        name = "--" + field.name.replace("_", "-")
-        if field.type == "bool":
-            parser.add_argument(f"--no-{name[2:]}", dest=field.name, action="store_false", help="an ablation")
-        elif field.name == "model":
-            parser.add_argument(name, required=True, help="local folder or hub id")
-        elif field.name == "r":  # torchrun takes --r for an option of its own, cut short
-            parser.add_argument("--rank", "--r", dest="r", type=int, default=field.default, help="r; %(default)s")
-        else:
-            kind, among = kinds[field.type], CHOICES.get(field.name)
-            parser.add_argument(name, type=kind, default=field.default, choices=among, help="default: %(default)s")
-
-
-def _number_or_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def from_arguments(arguments) -> Training:
-    """The settings that `add_arguments` has read; of those it was `without`, the default."""
-    return Training(**{f.name: getattr(arguments, f.name) for f in fields(Training) if hasattr(arguments, f.name)})
-
-
-def settings_of(settings: Training, **others) -> dict:
+def settings_of(settings: TrainingOptions, **others) -> dict:
     """What goes into the run's JSON: of a model's folder its name alone, of a hub id all of it."""
     is_folder = os.path.isdir(settings.model)
     name = os.path.basename(settings.model.rstrip(os.sep)) if is_folder else settings.model

@@ -14,13 +14,13 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from eval.commonsense import OUTPUT, TASKS, choices, load_rows, prompt
 from eval.harness.likelihood import chosen, chosen_by_length, encode_pair, log_likelihoods
 from eval.harness.models import load_causal_lm
 from eval.harness.record import recorded
 from eval.harness.rows import Rows
 from eval.harness.training import Training, settings_of
 from eval.lm_eval.tasks import task_name, write_tasks
+from eval.tasks.commonsense import OUTPUT, TASKS, choices, load_rows, prompt
 from peft_scalora.files.atomic import replace_file
 from peft_scalora.files.tables import markdown
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from eval.commonsense import OUTPUT, TASKS, TEMPLATE
+from eval.tasks.commonsense import OUTPUT, TASKS, TEMPLATE
 from peft_scalora.files.atomic import replace_file
 
 GROUP = "llm_adapters"

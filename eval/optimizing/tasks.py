@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from eval import commonsense, glue
-from eval.harness.models import load_tokenizer
+from eval import glue
+from eval.commonsense import score_by_likelihood, summary
 from eval.harness.record import short_hash
 from eval.harness.rows import split_dev
-from peft_scalora.finetuning.data import IGNORED_LABEL
+from eval.tasks import commonsense
+from peft_scalora.finetuning.prompts import IGNORED_LABEL, load_tokenizer
 
 BATCH, CHOICES_BATCH = 32, 8
 COMMONSENSE = "commonsense"
@@ -122,8 +123,8 @@ def _commonsense(settings: TaskSettings, tokenizer) -> Task:
 
     def score(model: nn.Module, part: str) -> Score:
         with torch.no_grad():
-            scores = commonsense.score_by_likelihood(model, tokenizer, joined[part], CHOICES_BATCH, part)
-        metrics = commonsense.summary(scores)
+            scores = score_by_likelihood(model, tokenizer, joined[part], CHOICES_BATCH, part)
+        metrics = summary(scores)
         loss = [score.loss for score in scores]
         return Score(
             {"log_likelihood": -metrics["answer_loss"], "accuracy": metrics["accuracy"]},

@@ -12,7 +12,7 @@ from peft_scalora.finetuning.run import FinetuneSettings, finetune, make_trainer
 
 
 def run(tmp_path, rows, task="classification", **overrides):
-    save = save_encoder if task == "classification" else save_language_model
+    save = save_language_model if task == "causal-lm" else save_encoder
     settings = dict(
         model=save(tmp_path / "model"),
         data=write_rows(tmp_path / "rows.jsonl", rows),
@@ -47,6 +47,31 @@ def test_classes_are_numbered_in_the_order_of_their_labels(tmp_path):
     assert config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
 
 
+def test_whole_numbers_with_a_point_are_classes(tmp_path, capsys):
+    """So pandas writes a column of whole numbers that has a gap."""
+    metrics = run(tmp_path, labelled([0.0, 1.0]), max_length=3)
+    assert metrics["labels"] == [0, 1] and "eval_accuracy" in metrics
+    cut = sum(len(text.split()) > 3 for text in sentences(40))
+    said = f"2 classes: 0, 1; 32 rows to train, 8 held out, 0 left out for length, {cut} cut at 3 tokens"
+    assert said in capsys.readouterr().err
+    assert {part: each["rows"] for part, each in metrics["data"].items()} == {"train": 32, "eval": 8}
+    assert sum(each["cut"] for each in metrics["data"].values()) == cut
+
+
+def test_rows_left_out_for_length_are_counted(tmp_path, capsys):
+    rows = [{"prompt": "the cat " * (2 if i % 4 else 6), "completion": "sat on"} for i in range(40)]
+    metrics = run(tmp_path, rows, task="causal-lm", max_length=6)
+    assert sum(each["left_out"] for each in metrics["data"].values()) == 10
+    assert sum(each["cut"] for each in metrics["data"].values()) == 30
+    assert sum(each["rows"] for each in metrics["data"].values()) == 30
+    assert "10 left out for length, 30 cut at 6 tokens" in capsys.readouterr().err
+
+
+def test_whole_numbers_may_be_regression(tmp_path):
+    metrics = run(tmp_path, labelled([1, 2, 5]), task="regression")
+    assert "eval_pearson" in metrics and metrics["labels"] is None
+
+
 def test_fractions_stay_regression(tmp_path):
     metrics = run(tmp_path, labelled([0.5, 1.5, 2.25]), eval_data=write_rows(tmp_path / "e.jsonl", labelled([1, 2])))
     assert "eval_pearson" in metrics and metrics["labels"] is None
@@ -66,6 +91,8 @@ def test_a_label_that_training_lacks_is_named(tmp_path):
         (labelled([0, None, 1]), r"rows\.jsonl', row 2: field 'label' has None"),
         (labelled([[0], [1]]), r"rows\.jsonl', row 1: field 'label' has \[0\]"),
         (labelled([3]), "every row has 3"),
+        (labelled([0, "yes"]), "field 'label' mixes numbers and strings \\(0 in row 1, 'yes' in row 2\\)"),
+        (labelled([True, 2]), "mixes true or false and numbers \\(True in row 1, 2 in row 2\\)"),
         (labelled([0, 1])[:4], "4 rows"),
         ([*labelled([0, 1]), {"sentence": None, "label": 1}], r"row 41: field 'sentence' has None"),
     ],

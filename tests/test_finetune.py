@@ -1,7 +1,7 @@
 import gzip
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from helpers_runs import NO_DROPOUT, classification_rows, save_classifier, save_
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from scipy.stats import pearsonr
+from transformers import SchedulerType
 
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.cli import main
@@ -88,6 +89,50 @@ def test_a_finished_run_returns_its_metrics_and_refuses_other_settings(tmp_path)
         finetune(settings(tmp_path, r=3))
 
 
+def test_changed_data_are_refused_by_a_finished_run(tmp_path, capsys):
+    run = settings(tmp_path)
+    first = finetune(run)
+    assert "nothing was trained" not in capsys.readouterr().err
+    assert finetune(run)["eval_loss"] == first["eval_loss"]
+    assert f"{run.output} holds this run, finished" in (said := capsys.readouterr().err)
+    assert "nothing was trained" in said
+    write_rows(tmp_path / "rows.jsonl", [*classification_rows(119), {"sentence": "red mat", "label": 1}])
+    with pytest.raises(ValueError, match=r"a finished run, and the rows of data=.* have changed since"):
+        finetune(run)
+
+
+def test_files_of_others_are_not_overwritten(tmp_path):
+    run = settings(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is not empty and holds no run"):
+        finetune(run)
+    assert sorted(os.listdir(folder)) == ["README.md", "settings.json"]
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_run_that_blew_up_says_so(tmp_path, capsys):
+    run = settings(tmp_path)
+    arguments = [f"--{name.replace('_', '-')}={getattr(run, name)}" for name in ("model", "data", "task", "output")]
+    arguments += ["--learning-rate=10", "--max-steps=40", "--warmup-ratio=0.5", "--r=2"]
+    assert main(["finetune", *arguments]) == 3
+    printed = capsys.readouterr().out
+    assert printed.startswith("WARNING: ") and "far above the 0.6" in printed
+    stability = json.loads((tmp_path / "run" / "metrics.json").read_text())["stability"]
+    assert stability["verdict"] == "diverged" and "warmup" in stability["advice"]
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_finished_run_is_prolonged(tmp_path):
+    run = settings(tmp_path)
+    finetune(run)
+    assert finetune(replace(run, max_steps=16))["steps"] == 16
+    with pytest.raises(ValueError, match="max_steps=16 there, 12 here"):
+        finetune(run)
+
+
 def test_lora_is_plain_lora(tmp_path):
     metrics = finetune(settings(tmp_path, method="lora", test_data=str(tmp_path / "rows.jsonl")))
     assert type(PeftConfig.from_pretrained(tmp_path / "run")) is LoraConfig
@@ -113,6 +158,38 @@ def test_settings_are_checked():
         FinetuneSettings(model="m", data="d", output="o", task="translation")
     with pytest.raises(ValueError, match="method='dora'"):
         FinetuneSettings(model="m", data="d", output="o", task="causal-lm", method="dora")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("max_steps", 0, "max_steps=0 must be 1 or more, or -1"),
+        ("smoothness", "abc", "smoothness='abc' must be a number or auto"),
+        ("smoothness", -1, "smoothness=-1.0 must be above 0, or auto"),
+        ("learning_rate", float("nan"), "learning_rate=nan must be above 0"),
+        ("batch_size", 2.5, "batch_size=2.5 must be a whole number"),
+        ("bf16", "maybe", "bf16='maybe' must be true or false"),
+        ("lr_scheduler_type", "cosin", "must be one of linear, cosine"),
+        ("early_stopping_patience", 2, "set eval_steps as well"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(name, value, said):
+    with pytest.raises(ValueError, match=said):
+        FinetuneSettings(model="m", data="d", output="o", task="causal-lm", **{name: value})
+
+
+def test_settings_are_converted_to_their_types():
+    """YAML takes 2e-4 for a string, and a command line has nothing else."""
+    run = FinetuneSettings(model="m", data="d", output="o", task="causal-lm", learning_rate="2e-4", epochs="2", r="4")
+    assert (run.learning_rate, run.epochs, run.r) == (2e-4, 2.0, 4)
+    assert FinetuneSettings("m", "d", "causal-lm", "o", text_fields="a,b").text_fields == ("a", "b")
+
+
+def test_the_choices_are_those_of_the_method():
+    choices = {setting.name: setting.metadata["allowed"] for setting in fields(FinetuneSettings)}
+    for scaling in choices["scaling"]:
+        ScaLoRAConfig(r=2, scaling=scaling)
+    assert set(choices["lr_scheduler_type"]) <= {kind.value for kind in SchedulerType}
 
 
 def test_classification_metrics_are_those_of_their_definitions():
@@ -214,9 +291,8 @@ def test_the_command_trains_informs_and_exports(tmp_path, capsys):
         run.output,
     ]
     arguments += ["--r", "2", "--max-steps", "12", "--learning-rate", "1e-2", "--scaling-interval", "3"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out  # Trainer's own lines come first
-    assert json.loads(printed[printed.rindex("\n{") :])["steps"] == 12
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 12
     assert main(["info", run.output]) == 0
     assert "mean effective rank" in capsys.readouterr().out
     assert main(["export", run.output, str(tmp_path / "plain")]) == 0
@@ -228,5 +304,5 @@ def test_the_command_prints_errors_in_one_line(tmp_path, capsys):
     assert "adapter_config.json" in capsys.readouterr().err
     assert main(["finetune", "--model", "m", "--data", "x", "--output", "o", "--task", "other"]) == 1
     assert "task='other' must be one of" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["finetune"])
+    assert main(["finetune"]) == 1
+    assert "model, data, task, output missing" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers_runs import classification_rows, language_model, save_classifier, save_tokenizer, sentences, write_rows
@@ -43,7 +44,7 @@ def stop(run):
         ("learning_rate", 1e-3, "learning_rate=0.0002 there, 0.001 here"),
         ("seed", 1, "seed=0 there, 1 here"),
         ("scaling", "scalar", "scaling='column' there, 'scalar' here"),
-        ("text_fields", ("sentence",), r"text_fields=\[\] there, \['sentence'\] here"),
+        ("text_fields", ("sentence",), "text_fields"),
     ],
 )
 def test_an_interrupted_run_does_not_go_on_with_other_settings(tmp_path, interrupted, name, value, said):
@@ -51,6 +52,16 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings(tmp_path, interru
     with pytest.raises(ValueError, match=f"interrupted run with other settings \\({said}\\).*choose another folder"):
         finetune(FinetuneSettings(**interrupted | {name: value}))
     assert (tmp_path / "run" / "settings.json").read_text() == kept
+    assert finetune(FinetuneSettings(**interrupted))["steps"] == 12
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_rows(interrupted):
+    data = Path(interrupted["data"])
+    kept = data.read_text()
+    data.write_text(kept + '{"sentence": "red mat", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"an interrupted run, and the rows of data=.* have changed since"):
+        finetune(FinetuneSettings(**interrupted))
+    data.write_text(kept)
     assert finetune(FinetuneSettings(**interrupted))["steps"] == 12
 
 

@@ -1,22 +1,25 @@
-"""Rows for fine-tuning, from a file or the hub, to token ids and labels. Needs the extra `finetune`."""
+"""Rows for fine-tuning: which fields hold what, checks, and token ids. Needs the extra `finetune`."""
 
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from ..version import install_command
+from .chat import check_messages, messages_of, tokenize_chat
+from .prompts import IGNORED_LABEL
+from .settings import CAUSAL_LM
+from .sources import load_rows
 
-IGNORED_LABEL = -100
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+__all__ = ["IGNORED_LABEL", "Fields", "encode", "find_fields", "load_rows"]
 
 
 @dataclass(frozen=True)
 class Fields:
     """Which fields of a row hold what; empty names are guessed from the common ones.
 
-    `input` is what an instruction is about (Alpaca's format), may be empty in a row, and follows the prompt.
+    `input` is what an instruction is about (Alpaca's format), may be empty in a row, and follows the prompt. `messages`
+    are a conversation, of which the assistant's turns are trained on; where prompt and completion are lists of
+    messages, the completion's.
     """
 
     text: tuple[str, ...] = ()
@@ -24,70 +27,69 @@ class Fields:
     prompt: str = ""
     completion: str = ""
     input: str = ""
+    messages: str = ""
 
     def required(self) -> list[str]:
-        return [name for name in (*self.text, self.label, self.prompt, self.completion) if name]
+        named = (*self.text, self.label, self.prompt, self.completion, self.messages)
+        return [name for name in named if name]
+
+
+@dataclass
+class Lengths:
+    """What became of rows at the longest length allowed."""
+
+    rows: int
+    left_out: int = 0
+    cut: int = 0
 
 
 _PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
 _SINGLES = (("sentence",), ("text",))
 _PROMPTS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
-
-
-def load_rows(source: str, split: str = "train"):
-    """A `datasets.Dataset` from a JSONL, JSON, CSV or Parquet file (also .gz), or a hub id "name" or "name:config".
-
-    Raises:
-        ImportError: names the extra. FileNotFoundError, ValueError: name the source.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"Reading data needs datasets: {install_command('finetune')}.") from error
-    stem = source.removesuffix(".gz")
-    extension = os.path.splitext(stem)[1]
-    if os.path.exists(source):
-        if extension not in _FORMATS:
-            raise ValueError(
-                f"data={source!r} has an unknown format: use one of {', '.join(_FORMATS)}, or those with .gz."
-            )
-        try:
-            return datasets.load_dataset(_FORMATS[extension], data_files=source, split="train")
-        except Exception as error:
-            raise ValueError(f"data={source!r} could not be read as {_FORMATS[extension]}: {error}") from error
-    if extension in _FORMATS:
-        raise FileNotFoundError(f"data={source!r} does not exist.")
-    name, _, config = source.partition(":")
-    return datasets.load_dataset(name, config or None, split=split)
+_CHATS = ("messages", "conversations")
 
 
 def find_fields(columns: list[str], task: str, fields: Fields) -> Fields:
     """Fill in the field names that were not given, or say which were looked for."""
-    if task == "classification":
-        text = fields.text or next((f for f in (*_PAIRS, *_SINGLES) if set(f) <= set(columns)), ())
-        label = fields.label or ("label" if "label" in columns else "")
-        found = Fields(text=text, label=label)
+    found = _language_fields(columns, fields) if task == CAUSAL_LM else _label_fields(columns, fields)
+    if task == CAUSAL_LM:
+        whole = found.text or found.messages or (found.prompt and found.completion)
     else:
-        pair = (fields.prompt, fields.completion)
-        if not any(pair) and not fields.text:
-            pair = next((f for f in _PROMPTS if set(f) <= set(columns)), ("", ""))
-        found = Fields(prompt=pair[0], completion=pair[1])
-        if not any(pair):
-            found = Fields(text=fields.text or (("text",) if "text" in columns else ()))
-        if found.prompt == "instruction" and "input" in columns:
-            found = replace(found, input="input")
-    whole = found.text and found.label if task == "classification" else found.text or all(pair)
+        whole = found.text and found.label
     if not whole or not set(found.required()) <= set(columns):
+        guessed = ", ".join(f"{name}={value!r}" for name, value in asdict(found).items() if value) or "none"
         raise ValueError(
-            f"the data's fields {sorted(columns)} do not fit task={task!r}: found text={found.text!r}, "
-            f"label={found.label!r}, prompt={found.prompt!r}, completion={found.completion!r}. Name them with "
-            "--text-fields, --label-field, or --prompt-field and --completion-field."
+            f"the data's fields {sorted(columns)} do not fit task={task!r}: found {guessed}. Name them with "
+            "--text-fields, --label-field, --messages-field, or --prompt-field and --completion-field."
         )
     return found
 
 
+def _label_fields(columns: list[str], fields: Fields) -> Fields:
+    text = fields.text or next((f for f in (*_PAIRS, *_SINGLES) if set(f) <= set(columns)), ())
+    return Fields(text=text, label=fields.label or ("label" if "label" in columns else ""))
+
+
+def _language_fields(columns: list[str], fields: Fields) -> Fields:
+    if fields.prompt or fields.completion:
+        return _with_input(Fields(prompt=fields.prompt, completion=fields.completion), columns)
+    if fields.messages or fields.text:
+        return Fields(messages=fields.messages) if fields.messages else Fields(text=fields.text)
+    chat = next((name for name in _CHATS if name in columns), "")
+    if chat:
+        return Fields(messages=chat)
+    pair = next((pair for pair in _PROMPTS if set(pair) <= set(columns)), None)
+    if pair:
+        return _with_input(Fields(prompt=pair[0], completion=pair[1]), columns)
+    return Fields(text=("text",) if "text" in columns else ())
+
+
+def _with_input(fields: Fields, columns: list[str]) -> Fields:
+    return replace(fields, input="input") if fields.prompt == "instruction" and "input" in columns else fields
+
+
 def check_rows(rows, fields: Fields, source: str) -> None:
-    """Refuse data without rows, and rows without a text or label or with one that is no string, number or boolean.
+    """Refuse data without rows, and rows with a field that is no string, number or boolean, nor a conversation.
 
     Raises:
         ValueError: names source, row (counted from 1), field and value.
@@ -97,19 +99,45 @@ def check_rows(rows, fields: Fields, source: str) -> None:
     for name in fields.required():
         if name not in rows.column_names:
             raise ValueError(f"data={source!r} has no field {name!r}: its fields are {sorted(rows.column_names)}.")
-        for number, value in enumerate(rows[name][:], start=1):
-            if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+        values = rows[name][:]
+        conversations = name == fields.messages or (name == fields.prompt and isinstance(values[0], list))
+        for number, value in enumerate(values, start=1):
+            place = f"data={source!r}, row {number}: field {name!r}"
+            if conversations or (isinstance(value, list) and name == fields.completion and _are_messages(value)):
+                check_messages(value, place, answered=name != fields.prompt)
+            elif not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(
-                    f"data={source!r}, row {number}: field {name!r} has {value!r}, not a string, finite number or "
-                    "boolean. Remove the row, or name another field."
+                    f"{place} has {value!r}, not a string, finite number or boolean. Remove the row, or name another "
+                    "field."
                 )
 
 
+def _are_messages(value: list) -> bool:
+    return bool(value) and all(isinstance(message, dict) for message in value)
+
+
 def find_classes(rows, label: str, source: str) -> list | None:
-    """The distinct labels, sorted: classes are numbered in this order. None where labels are floats: regression."""
-    classes = sorted(set(rows[label][:]))
-    if isinstance(classes[0], float):
-        return None
+    """Return the distinct labels, sorted: classes are numbered in this order. None where labels are fractions.
+
+    Whole numbers are classes in either form, 1 or 1.0: a column with a gap, or a table program, writes the latter.
+
+    Raises:
+        ValueError: the labels are of several kinds, or all the same.
+    """
+    labels = rows[label][:]
+    kinds: dict[str, int] = {}
+    for number, value in enumerate(labels, start=1):
+        kinds.setdefault(_kind(value), number)
+    if len(kinds) > 1:
+        named = ", ".join(f"{labels[number - 1]!r} in row {number}" for number in kinds.values())
+        raise ValueError(
+            f"data={source!r}: field {label!r} mixes {' and '.join(kinds)} ({named}). Write all labels as one kind."
+        )
+    if "numbers" in kinds:
+        if not all(float(value).is_integer() for value in labels):
+            return None
+        labels = [int(value) for value in labels]
+    classes = sorted(set(labels))
     if len(classes) == 1:
         raise ValueError(
             f"data={source!r}: every row has {classes[0]!r} in field {label!r}, there is nothing to tell apart."
@@ -117,8 +145,14 @@ def find_classes(rows, label: str, source: str) -> list | None:
     return classes
 
 
+def _kind(label) -> str:
+    if isinstance(label, bool):
+        return "true or false"
+    return "strings" if isinstance(label, str) else "numbers"
+
+
 def check_labels(rows, label: str, classes: list | None, source: str) -> None:
-    """Refuse rows to evaluate on whose labels are none of the training rows' classes, or no numbers in regression."""
+    """Refuse rows whose labels are none of the training rows' classes, or no numbers where classes is None."""
     for number, value in enumerate(rows[label][:], start=1):
         if isinstance(value, str) if classes is None else value not in classes:
             known = "numbers" if classes is None else ", ".join(map(repr, classes))
@@ -129,7 +163,7 @@ def check_labels(rows, label: str, classes: list | None, source: str) -> None:
 
 
 def hold_out(rows, count: int, source: str) -> tuple:
-    """Training rows, and up to `count` rows, at most a fifth, to evaluate on; always the same ones.
+    """Return training rows, and up to `count` rows, at most a fifth, to evaluate on; always the same ones.
 
     Raises:
         ValueError: there are fewer than 5 rows.
@@ -144,33 +178,67 @@ def hold_out(rows, count: int, source: str) -> tuple:
 
 
 def encode(rows, tokenizer, task: str, fields: Fields, max_length: int, classes: list | None = None):
-    """Map rows to `input_ids`, `attention_mask` and labels; prompts of prompt-completion rows are not trained on.
+    """Map rows to `input_ids`, `attention_mask` and labels; prompts and a chat's other turns are not trained on.
 
     Labels are the places of the rows' labels in `classes`; None keeps them, as numbers.
     """
+    return encode_counting(rows, tokenizer, task, fields, max_length, classes)[0]
+
+
+def encode_counting(
+    rows, tokenizer, task: str, fields: Fields, max_length: int, classes: list | None = None
+) -> tuple[object, Lengths]:
+    """Return the encoded rows, and how many of them are whole, cut or left out.
+
+    Raises:
+        ValueError: no row is left.
+    """
     number_of = {value: number for number, value in enumerate(classes or ())}
 
-    def classification(row: dict) -> dict:
-        texts = (str(row[name]) for name in fields.text)
+    def labelled(row: dict) -> dict:
+        encoded = dict(tokenizer(*(str(row[name]) for name in fields.text)))
+        length = len(encoded["input_ids"])
+        if length > max_length:
+            encoded = dict(tokenizer(*(str(row[name]) for name in fields.text), truncation=True, max_length=max_length))
         label = float(row[fields.label]) if classes is None else number_of[row[fields.label]]
-        return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": label}
+        return {**encoded, "labels": label, "length": length}
 
-    def causal(row: dict) -> dict:
-        if fields.completion:
-            about = f"{row[fields.input]}\n" if row.get(fields.input) else ""
-            prompt = tokenizer(f"{row[fields.prompt]}\n{about}")["input_ids"]
-            answer = tokenizer(str(row[fields.completion]), add_special_tokens=False)["input_ids"]
-        else:
-            prompt, answer = [], tokenizer(str(row[fields.text[0]]))["input_ids"]
-        ids = (prompt + answer + [tokenizer.eos_token_id])[:max_length]
-        labels = ([IGNORED_LABEL] * len(prompt) + answer + [tokenizer.eos_token_id])[:max_length]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    def language(row: dict) -> dict:
+        ids, trained = tokenize(row, tokenizer, fields)
+        labels = [token if is_trained else IGNORED_LABEL for token, is_trained in zip(ids, trained)]
+        kept = ids[:max_length]
+        return {"input_ids": kept, "attention_mask": [1] * len(kept), "labels": labels[:max_length], "length": len(ids)}
 
-    encoded = rows.map(
-        classification if task == "classification" else causal, remove_columns=rows.column_names, desc="encoding"
-    )
-    if task == "causal-lm":  # a row cut within its prompt would have the loss of no token at all, which is nan
+    function = language if task == CAUSAL_LM else labelled
+    encoded = rows.map(function, remove_columns=rows.column_names, desc="encoding")
+    lengths = Lengths(rows=len(rows))
+    if task == CAUSAL_LM:  # a row cut within its prompt would have the loss of no token at all, which is nan
         encoded = encoded.filter(lambda labels: any(i != IGNORED_LABEL for i in labels[1:]), input_columns="labels")
+        lengths.left_out = lengths.rows - len(encoded)
+        lengths.rows = len(encoded)
     if len(encoded) == 0:
         raise ValueError(f"no row of the data fits into max_length={max_length}: raise it.")
-    return encoded
+    lengths.cut = sum(length > max_length for length in encoded["length"][:])
+    return encoded.remove_columns("length"), lengths
+
+
+def tokenize(row: dict, tokenizer, fields: Fields) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a row for language modelling, and for each whether it is trained on."""
+    messages = messages_of(row, fields.messages, fields.prompt, fields.completion)
+    if messages:
+        first = len(row[fields.prompt]) if fields.completion else 0
+        return tokenize_chat(messages, tokenizer, first)
+    if fields.completion:
+        prompt = tokenizer(prompt_text(row, fields))["input_ids"]
+        answer = tokenizer(str(row[fields.completion]), add_special_tokens=False)["input_ids"]
+    else:
+        prompt = []
+        answer = tokenizer(str(row[fields.text[0]]))["input_ids"]
+    answer = [*answer, tokenizer.eos_token_id]
+    return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+
+def prompt_text(row: dict, fields: Fields) -> str:
+    """Return a prompt as it is trained with: a line, and another for the input where there is one."""
+    about = f"{row[fields.input]}\n" if row.get(fields.input) else ""
+    return f"{row[fields.prompt]}\n{about}"

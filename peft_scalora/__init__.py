@@ -1,16 +1,15 @@
 """High-rank fine-tuning at LoRA's cost: ScaLoRA for Hugging Face PEFT. Importing registers the method."""
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .config import ScaLoRAConfig
-from .register import register
-from .rescaling.engine import RescaleReport, last_report, rescale
-from .rescaling.moments import register_optimizer
 from .version import __version__
 
 if TYPE_CHECKING:  # lazily imported names, for editors and type checkers
     from .callbacks import ScaLoRACallback as ScaLoRACallback
+    from .config import ScaLoRAConfig as ScaLoRAConfig
     from .export.hub import push_to_hub as push_to_hub
     from .export.lora import ExportReport as ExportReport
     from .export.lora import export_lora as export_lora
@@ -21,16 +20,22 @@ if TYPE_CHECKING:  # lazily imported names, for editors and type checkers
     from .gauss_newton import GaussNewtonConfig as GaussNewtonConfig
     from .gauss_newton.callback import GaussNewtonCallback as GaussNewtonCallback
     from .rank import effective_rank as effective_rank
+    from .rescaling.engine import RescaleReport as RescaleReport
+    from .rescaling.engine import last_report as last_report
+    from .rescaling.engine import rescale as rescale
+    from .rescaling.moments import register_optimizer as register_optimizer
     from .stability.callbacks import StabilityCallback as StabilityCallback
     from .stability.callbacks import StabilityConfig as StabilityConfig
 
-# Imported on first use: they need parts of transformers that a plain training script does not.
+# Imported on first use: some need parts of transformers that a plain training script does not.
 _LAZY = {
     "ExportReport": "export.lora",
     "GaussNewton": "gauss_newton",
     "GaussNewtonCallback": "gauss_newton.callback",
     "GaussNewtonConfig": "gauss_newton",
     "MergeReport": "export.merged",
+    "RescaleReport": "rescaling.engine",
+    "ScaLoRAConfig": "config",
     "ScaLoRACallback": "callbacks",
     "StabilityCallback": "stability.callbacks",
     "StabilityConfig": "stability.callbacks",
@@ -38,11 +43,28 @@ _LAZY = {
     "export_lora": "export.lora",
     "export_merged": "export.merged",
     "last_complete_checkpoint": "files.checkpoints",
+    "last_report": "rescaling.engine",
     "push_to_hub": "export.hub",
+    "register_optimizer": "rescaling.moments",
+    "rescale": "rescaling.engine",
 }
-__all__ = ["RescaleReport", "ScaLoRAConfig", "__version__", "last_report", "register_optimizer", "rescale", *_LAZY]
+__all__ = ["__version__", *_LAZY]
 
-register()
+
+def _is_the_command() -> bool:
+    """Return whether this process runs `peft-scalora`, which registers the method once its arguments are understood.
+
+    Importing torch and PEFT takes seconds, and an answer to --help or to a typo must not wait for them.
+    """
+    words = sys.orig_argv[1:]
+    by_module = "-m" in words and words[words.index("-m") + 1 :][:1] == [__name__]
+    return by_module or any(os.path.splitext(os.path.basename(word))[0] == "peft-scalora" for word in words[:2])
+
+
+if not _is_the_command():
+    from .register import register
+
+    register()
 
 
 def __getattr__(name: str):

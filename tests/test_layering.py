@@ -31,6 +31,7 @@ ROOMS = (
     "stability",
     "finetuning",
     "integrations",
+    "commands",
     "cli",
     "__main__",
 )

@@ -121,7 +121,7 @@ def test_a_run_that_blew_up_says_so(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("WARNING: ") and "far above the 0.6" in printed
     stability = json.loads((tmp_path / "run" / "metrics.json").read_text())["stability"]
-    assert stability["verdict"] == "diverged" and "warmup" in stability["advice"]
+    assert stability["verdict"] == "diverged" and "lower learning rate" in stability["advice"]
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

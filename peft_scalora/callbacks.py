@@ -1,4 +1,4 @@
-"""What a Trainer shows of ScaLoRA. Training itself needs no callback."""
+"""Show in a Trainer's logs what ScaLoRA does. Training itself needs no callback."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ MAX_PENDING = 16  # reports whose tensors are kept until figures are wanted
 
 
 class ScaLoRACallback(TrainerCallback):
-    """Logs rank and rescaling figures at every `logging_steps`, and plots them when training ends.
+    """Add rank and rescaling figures to every log of the training loss, and plot them when training ends.
 
     Figures, under the prefix "scalora/": effective_rank (mean over layers, of the whole weight change), the shares of
     layers by how they were scaled (the labels of `RescaleReport.counts`: `column`, `scalar`, `exact`, `skipped`),
-    median_log_alpha, fold_error and discarded (Frobenius norm discarded since training began). They go to the console
-    and to trainer_state.json; with the trainer they also go to every integration of `report_to`, which Trainer keeps
-    out of a callback's reach:
+    median_log_alpha, fold_error and discarded (Frobenius norm discarded since training began). A plain LoRA adapter has
+    the first of them alone. They go to trainer_state.json and to callbacks that were added later; with the trainer they
+    go to every callback, also to the integrations of `report_to`:
 
         trainer = Trainer(...)
         trainer.add_callback(ScaLoRACallback(trainer))
 
     Args:
-        trainer: the Trainer, to log through `trainer.log`.
+        trainer: the Trainer, to be called before its other callbacks.
         tol: singular values above this fraction of a layer's largest count towards its rank.
         plot: write scalora_rank.png to `output_dir` when training ends.
 
@@ -47,6 +47,9 @@ class ScaLoRACallback(TrainerCallback):
         self._begin()
         self._history: dict[str, list[tuple[int, float]]] = {}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        call_first(self, self.trainer)
+
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         report = last_report(optimizer)
         if report is not None and report is not self._seen:
@@ -54,21 +57,10 @@ class ScaLoRACallback(TrainerCallback):
             self._pending.append(report)
         if len(self._pending) == MAX_PENDING:
             self._read_pending()
-        self._log(state, control, model)
-
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        self._log(state, control, model)
-
-    def _log(self, state, control, model) -> None:
-        if self.trainer is not None and control.should_log:
-            self.trainer.log(self._figures(model, state.global_step))
-            control.should_log = True  # which logging has reset: the loss is still to come
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-        if self.trainer is None and logs is not None and "loss" in logs:
-            figures = self._figures(model, state.global_step)
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+        if logs is not None and "loss" in logs:
+            add_to_log(self._figures(model, state.global_step), state, logs)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.plot and state.is_world_process_zero and self._history:
@@ -91,7 +83,7 @@ class ScaLoRACallback(TrainerCallback):
         return figures
 
     def _begin(self) -> None:
-        """Figures of the rescalings since the last log."""
+        """Begin to add up the rescalings of the next log."""
         self._layers = 0
         self._counts = Counter(dict.fromkeys(self._counts, 0))
         self._fold_error = 0.0
@@ -110,8 +102,26 @@ class ScaLoRACallback(TrainerCallback):
             found = {name: self._history.get(f"scalora/{name}", []) for name in names}
             return {name.replace("_", " "): tuple(zip(*points)) for name, points in found.items() if points}
 
-        return [
+        panels = [
             ("Rank of the weight change", "effective rank, mean over layers", series("effective_rank")),
             ("Discarded by recompression", "Frobenius norm, summed", series("discarded")),
             ("How layers were scaled", "share of layers", series(*self._counts)),
         ]
+        return [panel for panel in panels if panel[-1]]
+
+
+def call_first(callback: TrainerCallback, trainer) -> None:
+    """Let a Trainer, if there is one, call this callback before all others, which then see what it adds to a log.
+
+    A log of its own would not do: a Trainer of TRL adds its metrics to the first log of a step, which is to be the one
+    with the loss.
+    """
+    if trainer is not None:
+        handler = trainer.callback_handler
+        handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+
+
+def add_to_log(figures: dict[str, float], state, logs: dict) -> None:
+    """Add figures to what is being logged, and to the entry of the log history that was made of it."""
+    logs.update(figures)
+    state.log_history[-1].update(figures)

@@ -1,4 +1,4 @@
-"""Line plots of a run. Needs the extra `plots` (matplotlib)."""
+"""Draw line plots of a run. Needs the extra `plots` (matplotlib)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x, y
 
 
 def require_matplotlib():
-    """matplotlib.pyplot on a backend without a display.
+    """Import matplotlib.pyplot on a backend that needs no display.
 
     Raises:
         ImportError: names the extra that brings it.
@@ -28,12 +28,12 @@ def require_matplotlib():
 
 
 def panels(count: int):
-    """A figure with `count` panels side by side."""
+    """Make a figure with `count` panels side by side."""
     return require_matplotlib().subplots(1, count, figsize=(5.2 * count, 3.6), squeeze=False)
 
 
 def finish_panel(axis, title: str, x_label: str, y_label: str, legend: bool = True) -> None:
-    """Title, labels, grid, and the legend below the panel, never over a curve."""
+    """Add title, labels, grid, and the legend below the panel, never over a curve."""
     axis.set(title=title, xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -63,7 +63,7 @@ def test_slow_divergence():
     report = detect_instability(loss)
     (event,) = report.events
     assert event.kind == "divergence"
-    assert 205 <= event.start <= 245
+    assert 201 <= event.start <= 245
     assert event.end == STEPS
     assert report.diverged and not report.early
 

@@ -21,9 +21,10 @@ from helpers_stability import make_trainer
 from sqlalchemy import event
 from transformers import set_seed
 
-from peft_scalora.stability import prepend_warmup, runs, search_warmup, sweep_learning_rate
+from peft_scalora.stability import prepend_warmup, search_warmup, study, sweep_learning_rate
 from peft_scalora.stability.learning_rate import learning_rate_grid
-from peft_scalora.stability.runs import Point, Study, final_loss, sqlite_storage
+from peft_scalora.stability.runs import final_loss
+from peft_scalora.stability.study import Point, Study, sqlite_storage
 
 
 def quadratic(learning_rate, steps=40, curvatures=(1.0, 10.0), warmup=0):
@@ -243,7 +244,7 @@ def test_scores_do_not_depend_on_the_order_of_the_points(tmp_path):
         torch.manual_seed(len(name))
         sweep = sweep_learning_rate(train, 1e-3, 1e-1, 1, output=tmp_path / name, check_steps=0, plot=False)
         assert sweep.losses[0] == sweep.losses[1] == sweep.losses[2]
-    set_seed(runs.SEED)
+    set_seed(study.SEED)
     assert sweep.losses[0] == train(1e-3)
 
 

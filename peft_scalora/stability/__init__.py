@@ -1,4 +1,4 @@
-"""Tools for training that does not come apart: find the learning rate, see instability, clip, warm up, normalise."""
+"""Keep training from coming apart: find the learning rate, see instability, clip, warm up, normalise."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Where the residual branches of a model end, found by running it once and adding up what its modules return."""
+"""Find where the residual branches of a model end, by running it once and adding up what its modules return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_BRANCHES = 4  # of one block
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: x + f(x), or norm(x + f(x)) in a post-LN block.
+    """Describe one residual branch: x + f(x), or norm(x + f(x)) in a post-LN block.
 
     Attributes:
         path: the module whose output is f(x).
@@ -30,7 +30,7 @@ class Branch:
 
 @dataclass
 class _Call:
-    """A call of a module: its floating-point arguments, what it returned, and what its caller got in place of that."""
+    """Hold a call of a module: its floating-point arguments, what it returned, and what its caller got instead."""
 
     inputs: list[Tensor]
     output: Tensor
@@ -38,12 +38,12 @@ class _Call:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm and whatever else says so in its class name."""
+    """Return True for LayerNorm, RMSNorm and every other module with "norm" in its class name."""
     return "norm" in type(module).__name__.lower()
 
 
 def norm_gain(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """|γ| and |β| of each feature, measured, as some classes multiply by their weight and others by 1 + weight.
+    """Measure |γ| and |β| of each feature, as some classes multiply by their weight and others by 1 + weight.
 
     Returns:
         Two float32 tensors (features,), on the device of the norm.
@@ -60,7 +60,7 @@ def norm_gain(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Every outermost list of modules that have one class, parameters and children: the stacks of blocks, by path."""
+    """Return the stacks of blocks by path: outermost lists of modules with one class, parameters and children."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
@@ -72,7 +72,7 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def find_branches(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> list[Branch]:
-    """The residual branches of every block, in order.
+    """Find the residual branches of every block, in order.
 
     A pre-LN (or Peri-LN) block is recognised by what it computes: its output is its input plus the outputs of some of
     its direct children. A BERT-type block holds modules whose last step is norm(x + child). To see that whatever the
@@ -155,7 +155,7 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 def _inputs_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """The inputs that a model brings, if it can run on them: many that take no text bring token ids all the same."""
+    """Return the inputs that a model brings, if it can run on them: many that take no text bring token ids anyway."""
     name, inputs = type(model).__name__, getattr(model, "dummy_inputs", None)
     if inputs is None:
         raise ValueError(f"{name} brings no dummy_inputs: give inputs, the arguments of forward.")
@@ -169,7 +169,7 @@ def _inputs_of(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _record(model: nn.Module, blocks: list[str], inputs: Mapping[str, Tensor]) -> dict[str, _Call]:
-    """The calls of the blocks and of all modules in them that one forward pass in evaluation mode calls exactly once.
+    """Record the calls of blocks, and of modules in them that a forward pass in evaluation mode calls exactly once.
 
     Integers take the place of the arguments of blocks and of modules with a normalisation, and of what all modules
     within the blocks return.
@@ -223,7 +223,7 @@ def _is_float(x) -> bool:
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Tensor], handles: list) -> None:
-    """One forward pass in evaluation mode, after which the hooks are gone and every module is in the mode it was in."""
+    """Run one forward pass in evaluation mode, then remove the hooks and restore the mode of every module."""
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     try:

@@ -1,4 +1,4 @@
-"""Watching and clipping gradients while a model trains: under Trainer, or in a loop of one's own."""
+"""Watch and clip gradients while a model trains: under Trainer, or in a loop of one's own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..callbacks import add_to_log, call_first
 from ..files.atomic import replace_file
 from ..gauss_newton import GaussNewton
 from ..plots import require_matplotlib
 from .gradients import PercentileThreshold, clip, clipping_advice, gradient_norms, read_norms
-from .instability import Event, InstabilityReport, LossMonitor
+from .instability import TOO_SHORT, Event, InstabilityReport, LossMonitor
 
 logger = logging.getLogger(__name__)
 HISTORY_NAME, PLOT_NAME = "stability.json", "stability.png"
@@ -26,7 +27,7 @@ _COLUMNS = ("steps", "norms", "thresholds", "group_norms", "loss_steps", "losses
 
 @dataclass
 class StabilityConfig:
-    """How gradients are clipped, and what is written.
+    """Set how gradients are clipped, and what is written.
 
     Attributes:
         percentile: clip at this percentile (above 0, at most 100) of the unclipped norms of all earlier steps; None
@@ -58,7 +59,7 @@ class StabilityConfig:
 
 
 class StabilityMonitor:
-    """Gradient norms, clipping and losses of one run, for a loop of one's own.
+    """Record gradient norms, clip, and judge the losses of one run, for a loop of one's own.
 
         monitor = StabilityMonitor(StabilityConfig(), max_norm=1.0)
         for batch in batches:
@@ -71,6 +72,7 @@ class StabilityMonitor:
             optimizer.step()
             optimizer.zero_grad()
         monitor.save("run")
+        print(monitor.report().verdict)  # stable, unstable, or too short to tell
 
     `state_dict` and `load_state_dict` continue it exactly.
 
@@ -109,32 +111,32 @@ class StabilityMonitor:
         return norm
 
     def add_loss(self, loss: float, step: int | None = None) -> Event | None:
-        """Record the training loss of a step; returns the instability that begins with it, if one does."""
+        """Record the training loss of a step, and return the instability that begins with it, if one does."""
         self.loss_steps.append(len(self.losses) + 1 if step is None else step)
         self.losses.append(loss)
         return self._losses.update(loss, self.loss_steps[-1])
 
     @property
     def clipped(self) -> list[bool]:
-        """Which of the recorded steps were clipped."""
+        """Return, for each recorded step, whether it was clipped."""
         return [_exceeds(norm, threshold) for norm, threshold in zip(self.norms, self.thresholds)]
 
     @property
     def clipped_share(self) -> float:
-        """Share of clipped updates, of those with a threshold that is a percentile (or fixed for good)."""
+        """Return the share of clipped updates, of those with a threshold that is a percentile (or fixed for good)."""
         return sum(self._judged) / len(self._judged) if self._judged else 0.0
 
     @property
     def advice(self) -> str | None:
-        """What the playbook says about the share of clipped updates, if it says anything."""
+        """Quote what the playbook says about the share of clipped updates, if it says anything."""
         return clipping_advice(self._judged)
 
     def report(self) -> InstabilityReport:
-        """The instability found in the losses so far."""
+        """Return the instability found in the losses so far."""
         return self._losses.report()
 
     def figures(self) -> dict[str, float]:
-        """What there is to log of the last step."""
+        """Return what there is to log of the last step."""
         if not self.norms:
             return {}
         figures = {"stability/grad_norm": self.norms[-1], "stability/clipped_share": self.clipped_share}
@@ -153,7 +155,7 @@ class StabilityMonitor:
             plot_run(os.path.join(folder, PLOT_NAME), self)
 
     def state_dict(self) -> dict:
-        """Everything recorded, as JSON."""
+        """Return everything recorded, as JSON."""
         return {name: getattr(self, name) for name in _COLUMNS}
 
     def load_state_dict(self, state: dict) -> None:
@@ -183,7 +185,7 @@ def _exceeds(norm: float, threshold: float | None) -> bool:
 
 
 class _Off(float):
-    """The 0 that turns Trainer's clipping off during a step, with the threshold in whose place it stands."""
+    """Turn Trainer's clipping off during a step, being 0, and keep the threshold that it stands in for."""
 
     def __new__(cls, threshold: float):
         off = super().__new__(cls)
@@ -192,21 +194,21 @@ class _Off(float):
 
 
 class StabilityCallback(TrainerCallback, ExportableState):
-    """Takes over gradient clipping from Trainer: percentile clipping, norms of every step, loss spikes and divergence.
+    """Take over gradient clipping from Trainer: percentile clipping, norms of every step, loss spikes and divergence.
 
         trainer = Trainer(...)
         trainer.add_callback(StabilityCallback(trainer=trainer))
 
     Trainer's own clipping is off in every step, and its `max_grad_norm` is the threshold of the burn-in. Norms are
-    those of complete gradients: accumulated, unscaled, reduced. At every `logging_steps` it logs, under "stability/",
-    the norm overall and by layer, threshold, clipped_share and events. The norms of all steps are in `monitor`, in
-    every checkpoint's trainer_state.json (training resumes with them), and in the end in stability.json, with
-    stability.png, in `output_dir`. Losses are those that Trainer logs: use `logging_steps=1` to see every spike, and
-    `logging_nan_inf_filter=False`, or Trainer hides a loss that is nan.
+    those of complete gradients: accumulated, unscaled, reduced. To every log of the training loss it adds, under
+    "stability/", the norm overall and by layer, threshold, clipped_share and events. The norms of all steps are in
+    `monitor`, in every checkpoint's trainer_state.json (training resumes with them), and in the end in stability.json,
+    with stability.png, in `output_dir`. Losses are those that Trainer logs: use `logging_steps=1` to see every spike,
+    and `logging_nan_inf_filter=False`, or Trainer hides a loss that is nan.
 
     Args:
         config: how to clip.
-        trainer: to log through `trainer.log`, which also reaches every integration of `report_to`.
+        trainer: to be called before its other callbacks, so that figures reach every integration of `report_to`.
 
     Raises:
         ValueError: in training, under DeepSpeed or FSDP 1, which clip gradients that nobody else sees.
@@ -219,7 +221,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._advised = False
 
     def state(self) -> dict:
-        """For Trainer, which writes it into trainer_state.json."""
+        """Return what Trainer writes into trainer_state.json."""
         return {"args": {"config": asdict(self.config)}, "attributes": {"history": self.monitor.state_dict()}}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -231,6 +233,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         if state.global_step > 0 and saved is not None:
             saved = saved[0] if isinstance(saved, list) else saved
             self.monitor.load_state_dict(saved["attributes"]["history"])
+        call_first(self, self.trainer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         args.max_grad_norm = _Off(args.max_grad_norm)  # Trainer then only computes the norm
@@ -240,25 +243,19 @@ class StabilityCallback(TrainerCallback, ExportableState):
         _refuse_conjugate_gradients(optimizer)
         self.monitor.clip(model, state.global_step + 1)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer is not None and control.should_log and self.monitor.norms:
-            self.trainer.log(self.monitor.figures())
-            control.should_log = True  # which logging has reset: the loss is still to come
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "loss" not in logs:
             return
         event = self.monitor.add_loss(float(logs["loss"]), state.global_step)
-        if self.trainer is None:
-            figures = self.monitor.figures()
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+        add_to_log(self.monitor.figures(), state, logs)
         if state.is_world_process_zero:
             self._warn(event)
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.monitor.save(args.output_dir)
+            if self.monitor.report().verdict == TOO_SHORT:
+                logger.warning(self.monitor.report().advice)
 
     def _warn(self, event: Event | None) -> None:
         if event is not None:

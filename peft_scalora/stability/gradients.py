@@ -1,4 +1,4 @@
-"""Norms of unclipped gradients, overall and by layer group, and clipping at a percentile of them."""
+"""Measure unclipped gradients, overall and by layer group, and clip at a percentile of their norms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 
 def layer_group(name: str) -> str:
-    """The layer a parameter belongs to: its path up to the first number ("transformer.h.3"), else its module's path."""
+    """Name the layer of a parameter: its path up to the first number ("transformer.h.3"), else its module's path."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "", 1) if name.startswith(wrapper) else name
     parts = name.split(".")
@@ -29,7 +29,9 @@ def layer_group(name: str) -> str:
 
 
 def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[float, dict[str, float]]:
-    """L2 norm of all gradients, and of those of each layer group, in float32 whatever the gradients' dtype.
+    """Return the L2 norm of all gradients, and of those of each layer group.
+
+    Computed in float32 whatever the gradients' dtype.
 
     Parameters without a gradient are left out. Sharded gradients (FSDP2) are reduced over all ranks. One transfer from
     the device, however many groups there are.
@@ -55,7 +57,10 @@ def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[floa
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, threshold: float) -> bool:
-    """g ← λ g / |g| in place if |g| > λ (for the threshold λ); whether it was. A norm that is not finite is left."""
+    """Scale g ← λ g / |g| in place if |g| > λ (the threshold), and return whether it was.
+
+    Gradients with a norm that is not finite are left as they are.
+    """
     if not (math.isfinite(norm) and norm > threshold):
         return False
     torch.nn.utils.clip_grads_with_norm_(parameters, threshold, torch.tensor(norm))
@@ -63,7 +68,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: float, threshold: float) -> b
 
 
 def percentile(ordered: Sequence[float], q: float) -> float:
-    """The q-th percentile of ascending numbers, with linear interpolation as in numpy.percentile."""
+    """Return the q-th percentile of ascending numbers, with linear interpolation as in numpy.percentile."""
     position = q / 100 * (len(ordered) - 1)
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
@@ -71,7 +76,7 @@ def percentile(ordered: Sequence[float], q: float) -> float:
 
 
 class PercentileThreshold:
-    """The clipping threshold λ: a percentile of the unclipped norms of earlier steps, once there are `burn_in` of them.
+    """Choose the clipping threshold λ: a percentile of earlier unclipped norms, once there are `burn_in` of them.
 
     Args:
         q: the percentile; None keeps `initial` for good.
@@ -89,17 +94,17 @@ class PercentileThreshold:
 
     @property
     def adapted(self) -> bool:
-        """λ is a percentile, not the initial one."""
+        """Return True if λ is a percentile and not the initial one."""
         return self._constant is not None or (self.q is not None and len(self._ordered) >= self.burn_in)
 
     def value(self) -> float | None:
-        """λ for the next step."""
+        """Return λ for the next step."""
         if self._constant is not None:
             return self._constant
         return percentile(self._ordered, self.q) if self.adapted else self.initial
 
     def add(self, norm: float) -> None:
-        """Take the norm of one step; what is no update, 0 or not finite, is left out."""
+        """Take the norm of one step. A norm of 0, or one that is not finite, is no update and is left out."""
         if _is_update(norm):
             insort(self._ordered, norm)
 
@@ -116,10 +121,10 @@ def _updates(norms: Sequence[float]) -> list[float]:
 
 
 def read_norms(source: str | os.PathLike) -> list[float]:
-    """The gradient norms in a stability.json.
+    """Return the gradient norms in a stability.json.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file holds no norms.
     """
     with open(source, encoding="utf-8") as file:
         saved = json.load(file)
@@ -129,7 +134,7 @@ def read_norms(source: str | os.PathLike) -> list[float]:
 
 
 def clipping_advice(clipped: Sequence[bool]) -> str | None:
-    """The playbook's: if more than half of the updates are clipped, lower the learning rate instead."""
+    """Advise, as the playbook does, a lower learning rate if more than half of the updates are clipped."""
     if len(clipped) < _JUDGED_AFTER or sum(clipped) <= CLIPPED_TOO_OFTEN * len(clipped):
         return None
     return f"{sum(clipped)} of {len(clipped)} updates were clipped, more than half: lower the learning rate instead."

@@ -1,4 +1,4 @@
-"""How large hidden states and their gradients are at each depth, while a model trains."""
+"""Measure hidden states and their gradients at each depth while a model trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .residual import ResidualEnd, residual_ends
 
 @dataclass
 class DepthProfile:
-    """Figures of one forward and backward pass; entry d is the output of block d, entry 0 the input of the first.
+    """Hold figures of one forward and backward pass by depth; entry 0 is the input of the first block.
 
     Attributes:
         forward_pass: which training pass it is, from 1.
@@ -31,12 +31,12 @@ class DepthProfile:
     gradient_norm: list[float] = field(default_factory=list)
 
     def growth(self) -> float:
-        """MA of the last block over MA of the first block's input."""
+        """Return the mean absolute activation of the last block over that of the first block's input."""
         return self.mean_abs[-1] / self.mean_abs[0]
 
 
 class HiddenStateProbe:
-    """Records a `DepthProfile` of every `every`-th training pass of a model; its own hooks, no change of the model.
+    """Record a `DepthProfile` of every `every`-th training pass of a model, by hooks that leave the model as it is.
 
         with HiddenStateProbe(model, every=10) as probe:
             trainer.train()
@@ -77,7 +77,7 @@ class HiddenStateProbe:
             handle.remove()
 
     def bound(self, profile: DepthProfile) -> list[float]:
-        """The bound on MA(X_d) of a Peri-LN model, by depth (see `peri_ln_bound`), with its norms as they are now.
+        """Return `peri_ln_bound` of a Peri-LN model, the bound on MA(X_d) by depth, with its norms as they are now.
 
         Raises:
             ValueError: the model's residual branches were not changed by `to_peri_ln`.
@@ -142,7 +142,7 @@ class HiddenStateProbe:
 
 
 def hidden_state_figures(x: Tensor) -> dict[str, float]:
-    """MA, variance over the features, and root mean square of hidden states (..., features), in float32."""
+    """Return MA, variance over the features and root mean square of hidden states (..., features), in float32."""
     x = x.float()
     return {
         "mean_abs": x.abs().mean().item(),
@@ -152,9 +152,10 @@ def hidden_state_figures(x: Tensor) -> dict[str, float]:
 
 
 def peri_ln_bound(rms_0: float, depth: int, gain: float, bias: float, step: float = 1.0) -> list[float]:
-    """MA(X_D) ≤ ‖X_0‖_F/sqrt(nd) + 2 D Δt (γ_max + β_max) for D = 0..depth (arXiv 2510.09904).
+    """Bound the mean absolute activation of a Peri-LN model by depth D = 0..depth (arXiv 2510.09904).
 
-    Each of a block's two branches adds Δt times a normalised vector, whose MA is at most γ_max + β_max.
+    MA(X_D) ≤ ‖X_0‖_F/sqrt(nd) + 2 D Δt (γ_max + β_max). Each of a block's two branches adds Δt times a normalised
+    vector, whose MA is at most γ_max + β_max.
     """
     return [rms_0 + 2 * d * step * (gain + bias) for d in range(depth + 1)]
 

@@ -1,4 +1,4 @@
-"""The playbook's sweep: where the learning rate is best, and where training blows up."""
+"""Sweep the learning rate as the playbook does: where it is best, and where training blows up."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from transformers import Trainer
 
 from ..files.atomic import replace_file
 from ..plots import require_matplotlib
-from .instability import InstabilityReport, detect_instability
-from .runs import Point, Run, Study, finish, finish_evaluating, sqlite_storage
+from .instability import LEAST_LOSSES, STABLE, TOO_SHORT, UNSTABLE, InstabilityReport, detect_instability
+from .runs import Run, finish, finish_evaluating
+from .study import Point, Study, sqlite_storage
 
 logger = logging.getLogger(__name__)
 NO_UNSTABLE_RUN = "No run was unstable: raise `high` to learn where training blows up."
@@ -22,11 +23,11 @@ NO_UNSTABLE_RUN = "No run was unstable: raise `high` to learn where training blo
 
 @dataclass
 class SweepResult:
-    """Every learning rate tried, in ascending order, and what follows from them.
+    """Hold every learning rate tried, in ascending order, and what follows from them.
 
     Attributes:
         learning_rates, scores: lower scores are better; inf for a run whose loss was not finite.
-        unstable: which runs were, by `detect_instability`.
+        verdicts: what `detect_instability` says of each run: "stable", "unstable" or "too short to tell".
         losses: training losses of every step of each run.
         best_learning_rate: lr*, that of the lowest score.
         unstable_base_learning_rate: the lowest above lr* whose run is unstable; None if none is.
@@ -35,30 +36,41 @@ class SweepResult:
 
     learning_rates: list[float]
     scores: list[float]
-    unstable: list[bool]
+    verdicts: list[str]
     losses: list[list[float]]
     best_learning_rate: float
     unstable_base_learning_rate: float | None
     check_losses: list[float] = field(default_factory=list)
 
     @property
+    def unstable(self) -> list[bool]:
+        """Return, for each run, whether it was unstable."""
+        return [verdict == UNSTABLE for verdict in self.verdicts]
+
+    @property
     def check(self) -> InstabilityReport | None:
-        """What the short run at twice lr* shows: the playbook's quick test for an unstable workload."""
+        """Judge the short run at twice lr*: the playbook's quick test for an unstable workload."""
         return detect_instability(self.check_losses) if self.check_losses else None
 
     @property
     def advice(self) -> str:
-        if self.best_learning_rate in (self.learning_rates[0], self.learning_rates[-1]):
-            return f"The best learning rate, {self.best_learning_rate:g}, is at the edge: widen the range."
-        if self.check is not None and self.check.unstable:
+        """Say what follows from the runs, and what to do next."""
+        best, blown = self.best_learning_rate, self.unstable_base_learning_rate
+        if best in (self.learning_rates[0], self.learning_rates[-1]):
+            return f"The best learning rate, {best:g}, is at the edge: widen the range."
+        if self.check is not None and self.check.verdict != STABLE:
             return f"At twice the best learning rate: {self.check.advice}"
-        if self.unstable_base_learning_rate is None:
+        if blown is None and TOO_SHORT in self.verdicts:
+            return f"Runs of fewer than {LEAST_LOSSES} steps are too short to tell where training blows up."
+        if blown is None:
             return NO_UNSTABLE_RUN
-        return "Stable at twice the best learning rate: instability does not limit this model."
+        if self.check is None:
+            return f"Training blows up from {blown:g} on: train at {best:g}."
+        return f"Stable at twice the best learning rate, so instability does not limit this model: train at {best:g}."
 
 
 def learning_rate_grid(low: float, high: float, per_decade: int) -> list[float]:
-    """The powers 10^(k / per_decade) within [low, high]; those of a multiple of per_decade contain these.
+    """Return the powers 10^(k / per_decade) within [low, high]; a multiple of per_decade gives these and more.
 
     Raises:
         ValueError: there are fewer than two.
@@ -135,7 +147,7 @@ def sweep_learning_rate(
 
 
 def summarize_sweep(runs: dict[float, Run]) -> SweepResult:
-    """lr* and the unstable base learning rate of finished runs, by learning rate.
+    """Find lr* and the unstable base learning rate among finished runs, given by learning rate.
 
     Raises:
         ValueError: no run has a finite score.
@@ -145,6 +157,6 @@ def summarize_sweep(runs: dict[float, Run]) -> SweepResult:
     if not any(map(math.isfinite, scores)):
         raise ValueError(f"no run from {rates[0]:g} to {rates[-1]:g} has a finite loss: lower the range.")
     best = rates[scores.index(min(scores))]
-    unstable = [detect_instability(runs[rate].losses).unstable for rate in rates]
-    blown = next((rate for rate, is_unstable in zip(rates, unstable) if is_unstable and rate > best), None)
-    return SweepResult(rates, scores, unstable, [runs[rate].losses for rate in rates], best, blown)
+    verdicts = [detect_instability(runs[rate].losses).verdict for rate in rates]
+    blown = next((rate for rate, verdict in zip(rates, verdicts) if verdict == UNSTABLE and rate > best), None)
+    return SweepResult(rates, scores, verdicts, [runs[rate].losses for rate in rates], best, blown)

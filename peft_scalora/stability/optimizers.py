@@ -1,4 +1,4 @@
-"""The playbook's optimizers by name. All are torch's; where torch's update differs, it is said here.
+"""Make the playbook's optimizers by name. All are torch's; where torch's update differs, it is said here.
 
 g is the gradient, η the learning rate. The playbook starts from v₀ = 0 unless it says otherwise.
 
@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict]] = {
 
 
 def optimizer_class(name: str, learning_rate: float, **options) -> tuple[type[torch.optim.Optimizer], dict]:
-    """Class and arguments of an optimizer, for `Trainer(optimizer_cls_and_kwargs=...)`.
+    """Return class and arguments of an optimizer, for `Trainer(optimizer_cls_and_kwargs=...)`.
 
     Args:
         name: a key of `OPTIMIZERS`.
@@ -51,7 +51,7 @@ def optimizer_class(name: str, learning_rate: float, **options) -> tuple[type[to
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], learning_rate: float, **options
 ) -> torch.optim.Optimizer:
-    """An optimizer of `optimizer_class` over the parameters that require a gradient.
+    """Make an optimizer of `optimizer_class` over the parameters that require a gradient.
 
     Raises:
         ValueError: the name is not known, or muon is asked for parameters that are no matrices.

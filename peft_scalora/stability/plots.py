@@ -1,4 +1,4 @@
-"""Pictures of a run, of hidden states by depth, and of searches. Needs the extra `plots` (matplotlib)."""
+"""Draw a run, hidden states by depth, and searches. Needs the extra `plots` (matplotlib)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from statistics import median
 
 from ..plots import finish_panel, panels, save_png
+from .instability import LEVEL_WINDOW, InstabilityReport, LossMonitor
 
 MARKS = {"spike": "tab:orange", "divergence": "tab:red", "non-finite": "black"}
+LOG_SCALE_FROM = 100  # times the smallest loss
 
 
 def plot_run(path: str | os.PathLike, monitor) -> None:
-    """Gradient norm against step, histogram of the norms, loss with its events, of a `StabilityMonitor`."""
+    """Draw a `StabilityMonitor`: gradient norm against step, histogram of the norms, loss with limit and events."""
     figure, ((by_step, histogram, loss),) = panels(3)
     _plot_norms(by_step, monitor)
     _plot_histogram(histogram, monitor)
-    _plot_loss(loss, monitor)
+    report = plot_judged(loss, monitor.loss_steps, monitor.losses)
+    verdict = f": {report.verdict}" if monitor.losses else ""
+    finish_panel(loss, f"Loss, limit and events{verdict}", "optimizer step", "loss")
     save_png(figure, path)
 
 
@@ -48,18 +52,39 @@ def _plot_histogram(axis, monitor) -> None:
     finish_panel(axis, "All norms", "L2 norm", "steps", legend=labelled)
 
 
-def _plot_loss(axis, monitor) -> None:
-    points = [(s, x) for s, x in zip(monitor.loss_steps, monitor.losses) if math.isfinite(x)]
+def plot_judged(axis, steps: Sequence[int], losses: Sequence[float]) -> InstabilityReport:
+    """Draw losses with what they are judged by, the limit of each step, and the events; return the judgement."""
+    limits, report = judge(steps, losses)
+    points = [(step, loss) for step, loss in zip(steps, losses) if math.isfinite(loss)]
     if points:
-        axis.plot(*zip(*points), color="tab:blue", linewidth=1.2, label="training loss")
+        axis.plot(*zip(*points), color="tab:blue", linewidth=1.2, label="loss")
+        _choose_scale(axis, [loss for _, loss in points])
+    if limits:
+        axis.plot(*zip(*limits), color="black", linewidth=1.0, linestyle="--", label="limit")
     for kind, colour in MARKS.items():
-        for number, event in enumerate(e for e in monitor.report().events if e.kind == kind):
+        for number, event in enumerate(e for e in report.events if e.kind == kind):
             axis.axvspan(event.start, event.end + 1, color=colour, alpha=0.3, label=None if number else kind)
-    finish_panel(axis, "Loss and events", "optimizer step", "loss")
+    return report
+
+
+def judge(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[tuple[int, float]], InstabilityReport]:
+    """Return the limit that held at each step, from the fifth loss on, and what was found."""
+    monitor, limits = LossMonitor(), []
+    for step, loss in zip(steps, losses):
+        monitor.update(loss, step)
+        if monitor.limit is not None:
+            limits.append((step, monitor.limit))
+    return limits, monitor.report()
+
+
+def _choose_scale(axis, losses: Sequence[float]) -> None:
+    """Take a logarithmic scale where a blow-up would flatten all the rest of a curve."""
+    if 0 < LOG_SCALE_FROM * min(losses) < max(losses):
+        axis.set_yscale("log")
 
 
 def plot_depth(path: str | os.PathLike, profiles: Sequence, bound: Sequence[float] | None = None) -> None:
-    """Mean absolute activation, variance and gradient norm by depth: first, middle and last `DepthProfile`."""
+    """Draw mean absolute activation, variance and gradient norm by depth: first, middle and last `DepthProfile`."""
     figure, axes = panels(3)
     chosen = list({0: 0, len(profiles) // 2: 0, len(profiles) - 1: 0})
     titles = {
@@ -80,7 +105,7 @@ def plot_depth(path: str | os.PathLike, profiles: Sequence, bound: Sequence[floa
 
 
 def plot_sweep(path: str | os.PathLike, sweep) -> None:
-    """Score against learning rate, losses of all runs, and the check, of a `SweepResult`."""
+    """Draw a `SweepResult`: score against learning rate, losses of all runs with their events, and the check."""
     figure, ((score, losses, *check),) = panels(3 if sweep.check_losses else 2)
     points = list(zip(sweep.learning_rates, sweep.scores, sweep.unstable))
     finite = [(rate, value) for rate, value, _ in points if math.isfinite(value)]
@@ -96,12 +121,11 @@ def plot_sweep(path: str | os.PathLike, sweep) -> None:
     score.set_xscale("log")
     finish_panel(score, "Learning rates", "learning rate", "loss at the end")
     _plot_all_losses(losses, [None] * len(points), sweep.losses)
-    finish_panel(losses, "Training loss of each run", "optimizer step", "loss, running median of 5", legend=False)
+    finish_panel(losses, "Loss and limit of each run", "optimizer step", "loss, running median of 5", legend=False)
     _colour_bar(figure, losses, sweep.learning_rates)
     for axis in check:
-        axis.plot(range(1, len(sweep.check_losses) + 1), sweep.check_losses, color="tab:blue", linewidth=1.2)
-        verdict = "unstable" if sweep.check.unstable else "stable"
-        finish_panel(axis, f"At twice the best: {verdict}", "optimizer step", "loss at every step", legend=False)
+        report = plot_judged(axis, range(1, len(sweep.check_losses) + 1), sweep.check_losses)
+        finish_panel(axis, f"At twice the best: {report.verdict}", "optimizer step", "loss at every step")
     save_png(figure, path)
 
 
@@ -114,12 +138,12 @@ def _colour_bar(figure, axis, rates: Sequence[float]) -> None:
 
 
 def plot_warmup(path: str | os.PathLike, warmup) -> None:
-    """Losses of each warmup tried, one panel for each number of steps, of a `WarmupResult`."""
+    """Draw a `WarmupResult`: losses of each warmup tried and their limits, one panel for each number of steps."""
     lengths = sorted({run.warmup_steps for run in warmup.runs})
     figure, axes = panels(len(lengths))
     for axis, steps in zip(axes[0], lengths):
         runs = [run for run in warmup.runs if run.warmup_steps == steps]
-        names = [f"peak {run.learning_rate:.2g}: {'unstable' if run.unstable else 'stable'}" for run in runs]
+        names = [f"peak {run.learning_rate:.2g}: {run.verdict}" for run in runs]
         _plot_all_losses(axis, names, [run.losses for run in runs])
         axis.axvline(steps, color="black", linewidth=0.8, linestyle=":")
         finish_panel(axis, f"{steps} steps of warmup", "optimizer step", "loss, running median of 5")
@@ -127,17 +151,29 @@ def plot_warmup(path: str | os.PathLike, warmup) -> None:
 
 
 def _plot_all_losses(axis, names: Sequence[str | None], losses: Sequence[Sequence[float]]) -> None:
-    """One line for each run, coloured from low to high, on an axis that runs which blow up do not stretch."""
-    colours = _colours(len(names))
-    shown = [[x for x in run if math.isfinite(x)] for run in losses]
-    for name, run, colour in zip(names, shown, colours):
-        smooth = [median(run[max(0, i - 4) : i + 1]) for i in range(len(run))]
-        axis.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=1.2, label=name)
-    first = [run[0] for run in shown if run]
-    if first:
-        low = min(min(run) for run in shown if run)
-        height = max(max(first) - low, 0.1 * abs(low))
-        axis.set_ylim(low - 0.05 * height, max(first) + height)
+    """Draw each run, its limit and a cross where an event begins, coloured from low to high."""
+    finite = []
+    for name, run, colour in zip(names, losses, _colours(len(names))):
+        limits, report = judge(range(1, len(run) + 1), run)
+        smooth = _running_median(run)
+        axis.plot(*zip(*smooth.items()), color=colour, linewidth=1.2, label=name)
+        if limits:
+            axis.plot(*zip(*limits), color=colour, linewidth=0.8, linestyle="--")
+        starts = [event.start for event in report.events if event.start in smooth]
+        axis.plot(starts, [smooth[start] for start in starts], "x", color="tab:red")
+        finite += smooth.values()
+    if finite:
+        _choose_scale(axis, finite)
+
+
+def _running_median(losses: Sequence[float]) -> dict[int, float]:
+    """Return the median of the last five losses by step, at the steps whose loss is finite."""
+    medians = {}
+    for step, loss in enumerate(losses, 1):
+        if math.isfinite(loss):
+            window = losses[max(0, step - LEVEL_WINDOW) : step]
+            medians[step] = median(x for x in window if math.isfinite(x))
+    return medians
 
 
 def _colours(count: int) -> list:

@@ -1,4 +1,4 @@
-"""Residual step size and Peri-LN for models that exist: X + Δt f(X), and f = LN(g(LN(X))).
+"""Change the residual branches of models that exist: step size, X + Δt f(X), and Peri-LN, f = LN(g(LN(X))).
 
 A block with residual branches is an Euler step, X ← X + Δt f(X). In a Pre-LN block, f(X) = g(LN(X)), hidden states
 can grow exponentially with depth; in a Peri-LN block, f(X) = LN(g(LN(X))), at most linearly (arXiv 2510.09904). Δt < 1
@@ -28,7 +28,7 @@ PREFIX = "Residual"
 
 
 class ResidualEnd(nn.Module):
-    """What follows a residual branch: norm, if there is one, then α (ReZero), if there is one, then Δt.
+    """Apply what follows a residual branch: norm, if there is one, then α (ReZero), if there is one, then Δt.
 
     Args:
         branch: where it is, and which normalisation to make `norm` like.
@@ -53,7 +53,7 @@ class ResidualEnd(nn.Module):
 
 
 class ResidualBranch:
-    """Mixed into the class of a branch's last module: its output, or the first of its outputs, goes through the end."""
+    """Send the output of a branch's last module, or the first of its outputs, through the end: a mixin of its class."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -63,7 +63,7 @@ class ResidualBranch:
 
 
 class ResidualAdapter(ResidualBranch):
-    """Mixed into the class of an adapter that has taken the place of a branch's last module, which keeps the end."""
+    """Do for an adapter of a branch's last module, which keeps the end, what `ResidualBranch` does: a mixin."""
 
     @property
     def residual_end(self) -> ResidualEnd:
@@ -71,7 +71,7 @@ class ResidualAdapter(ResidualBranch):
 
 
 class ResidualParent:
-    """Mixed into the class of a module with a child, such as a linear layer, that ends a branch and can be adapted.
+    """Hand the end of a branch on when its last module, a child of this one, is adapted: a mixin of the parent's class.
 
     PEFT puts an adapter in the child's place, which adds to what the child returns. The end has to follow their sum, so
     the adapter runs it in the child's stead, until it is merged or unloaded.
@@ -86,7 +86,7 @@ class ResidualParent:
 
 
 class ResidualModel:
-    """Mixed into the class of a Hugging Face model: builds what `config.residual` says, so that it can be loaded."""
+    """Build what `config.residual` says when a changed model is loaded: a mixin of a Hugging Face model's class."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -151,7 +151,7 @@ def to_peri_ln(model: nn.Module, inputs: dict | None = None) -> list[str]:
 
 
 def load_residual(folder: str | os.PathLike, model_class: type | None = None, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` for a model saved after `scale_residual` or `to_peri_ln`.
+    """Load, as `from_pretrained` does, a model saved after `scale_residual` or `to_peri_ln`.
 
     Args:
         folder: what `save_pretrained` wrote.
@@ -176,14 +176,14 @@ def load_residual(folder: str | os.PathLike, model_class: type | None = None, **
 
 
 def residual_ends(model: nn.Module) -> dict[str, ResidualEnd]:
-    """The ends of the residual branches that were changed, by the path of the branch's last module."""
+    """Return the ends of the residual branches that were changed, by the path of the branch's last module."""
     ends = (module for module in model.modules() if isinstance(module, ResidualEnd))
     return {end.branch.path: end for end in ends}
 
 
 @cache
 def residual_class(cls: type) -> type:
-    """The class of a changed model: loads what it saves, under a model type of its own."""
+    """Make the class of a changed model, which loads what it saves, under a model type of its own."""
     config = cls.config_class
     config = type(PREFIX + config.__name__, (config,), {"model_type": f"residual_{config.model_type}"})
     return type(PREFIX + cls.__name__, (ResidualModel, cls), {"config_class": config, "__doc__": cls.__doc__})
@@ -235,7 +235,7 @@ def _add_norm(model: nn.Module, end: ResidualEnd) -> None:
 
 
 def _neutral(norm: nn.Module, path: str) -> nn.Module:
-    """A normalisation of the class of `norm` that only normalises: γ = 1, β = 0."""
+    """Make a normalisation of the class of `norm` that only normalises: γ = 1, β = 0."""
     norm = copy.deepcopy(norm)
     for weight in (1.0, 0.0):  # Gemma's norms multiply by 1 + weight
         for name, parameter in norm.named_parameters():

@@ -1,4 +1,4 @@
-"""The playbook's search for learning-rate warmup: the remedy for a training that is unstable early."""
+"""Search for a learning-rate warmup as the playbook does: the remedy for a training that is unstable early."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from transformers.trainer_utils import SchedulerType
 
 from ..files.atomic import replace_file
 from ..plots import require_matplotlib
-from .instability import detect_instability
+from .instability import STABLE, UNSTABLE, detect_instability
 from .learning_rate import NO_UNSTABLE_RUN
-from .runs import Point, Run, Study, finish, sqlite_storage
+from .runs import Run, finish
+from .study import Point, Study, sqlite_storage
 
 logger = logging.getLogger(__name__)
 PEAKS = (10, 100)  # peak learning rates, in unstable base learning rates
@@ -27,22 +28,32 @@ TRAIN_LONGER = 0.05  # of the training steps: a longer warmup wants a longer tra
 
 @dataclass
 class WarmupRun:
-    """One warmup that was tried: steps of ramp, the learning rate it ends at, losses of ramp and constant part."""
+    """Hold one warmup that was tried.
+
+    Attributes:
+        warmup_steps, learning_rate: length of the ramp, and the learning rate it ends at.
+        verdict: what `detect_instability` says of it.
+        losses: of ramp and constant part.
+    """
 
     warmup_steps: int
     learning_rate: float
-    unstable: bool
+    verdict: str
     losses: list[float]
+
+    @property
+    def unstable(self) -> bool:
+        """Return True if training was unstable with it."""
+        return self.verdict == UNSTABLE
 
 
 @dataclass
 class WarmupResult:
-    """All warmups tried for a training of `max_steps` steps.
+    """Hold all warmups tried for a training of `max_steps` steps.
 
     Attributes:
         warmup_steps, learning_rate: the shortest stable warmup, and the highest peak learning rate it is stable with;
             None if none is.
-        total_steps: of the training with the warmup before its schedule.
     """
 
     runs: list[WarmupRun]
@@ -52,10 +63,12 @@ class WarmupResult:
 
     @property
     def total_steps(self) -> int:
+        """Return the length of the training with the warmup before its schedule."""
         return self.max_steps + (self.warmup_steps or 0)
 
     @property
     def advice(self) -> str:
+        """Say what warmup to train with."""
         if self.warmup_steps is None:
             return NO_STABLE_WARMUP
         text = f"{self.warmup_steps} steps of warmup to {self.learning_rate:g}, then the schedule as it is: "
@@ -66,10 +79,10 @@ class WarmupResult:
 
 
 def warmup_grid(max_steps: int) -> list[int]:
-    """10, 100, 1000, ... up to 10% of the training steps.
+    """Return 10, 100, 1000, ... up to 10% of the training steps.
 
     Raises:
-        ValueError: not even 10 are.
+        ValueError: 10 steps are more than 10% already.
     """
     grid = []
     while 10 ** (len(grid) + 1) <= LONGEST_WARMUP * max_steps:
@@ -88,7 +101,7 @@ def search_warmup(
     settings: dict | None = None,
     plot: bool = True,
 ) -> WarmupResult:
-    """The shortest warmup with which training is stable far above the learning rate where it blows up without.
+    """Find the shortest warmup with which training is stable far above the learning rate where it blows up without.
 
     Ramps from 0 to 10 and to 100 times the unstable base learning rate over 10, 100, 1000, ... steps (at most 10% of
     `max_steps`), and holds it for twice as many. Resumes and is shared as `sweep_learning_rate` is; warmup.json and
@@ -139,19 +152,19 @@ def search_warmup(
 
 
 def summarize_warmup(runs: dict[Point, Run], max_steps: int) -> WarmupResult:
-    """The shortest stable warmup among finished runs, and the highest peak that is stable with it."""
+    """Find the shortest stable warmup among finished runs, and the highest peak that is stable with it."""
     tried = [
-        WarmupRun(p.warmup_steps, p.learning_rate, detect_instability(run.losses).unstable, run.losses)
+        WarmupRun(p.warmup_steps, p.learning_rate, detect_instability(run.losses).verdict, run.losses)
         for p, run in sorted(runs.items(), key=lambda item: (item[0].warmup_steps, item[0].learning_rate))
     ]
-    stable = [run for run in tried if not run.unstable]
+    stable = [run for run in tried if run.verdict == STABLE]
     shortest = min((run.warmup_steps for run in stable), default=None)
     rate = max((run.learning_rate for run in stable if run.warmup_steps == shortest), default=None)
     return WarmupResult(tried, max_steps, shortest, rate)
 
 
 def prepend_warmup(schedule: Callable[[int], float], warmup_steps: int | None) -> Callable[[int], float]:
-    """A ramp from 0 to the schedule's first value over `warmup_steps`, then the schedule: for torch's LambdaLR.
+    """Put a ramp from 0 to the schedule's first value over `warmup_steps` before a schedule, for torch's LambdaLR.
 
     Raises:
         ValueError: warmup_steps is None, as `search_warmup` found no stable warmup.

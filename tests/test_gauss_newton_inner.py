@@ -56,6 +56,21 @@ def test_damping_follows_the_models_promise():
     assert adapt_damping(1.0, actual=math.nan, predicted=1.0) == 1.5
 
 
+def test_damping_moves_at_a_quarter_and_at_three_quarters():
+    """The rule as Martens (2010, section 4.1) states it: λ ← 3/2 λ if ρ < 1/4, λ ← 2/3 λ if ρ > 3/4."""
+
+    def rule(damping, ratio):
+        if ratio < 1 / 4:
+            return 3 / 2 * damping
+        if ratio > 3 / 4:
+            return 2 / 3 * damping
+        return damping
+
+    for ratio in (-1.0, 0.0, 0.2499, 0.25, 0.2501, 0.5, 0.51, 0.74, 0.75, 0.7501, 1.0, 2.0):
+        expected = pytest.approx(rule(0.3, ratio))
+        assert adapt_damping(0.3, actual=4 * ratio, predicted=4.0) == expected, ratio
+
+
 def test_inner_cosine():
     assert [inner_rate("cosine", k, 4) for k in range(4)] == pytest.approx([1, 0.85355339, 0.5, 0.14644661])
     assert inner_rate("constant", 3, 4) == 1

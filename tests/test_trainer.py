@@ -8,7 +8,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from peft_scalora import ScaLoRACallback, ScaLoRAConfig, effective_rank, last_report
+from peft_scalora import (
+    ScaLoRACallback,
+    ScaLoRAConfig,
+    StabilityCallback,
+    StabilityConfig,
+    effective_rank,
+    last_report,
+)
 
 
 def config(**overrides):
@@ -173,13 +180,23 @@ def test_callback_follows_plain_lora_too(tmp_path):
     assert max(logged) == 2
 
 
-def test_sft_trainer_needs_no_change(tmp_path):
+def test_a_plain_lora_run_draws_no_empty_panels(tmp_path):
+    def width(adapter, folder):
+        trainer = make_trainer(folder, callbacks=[ScaLoRACallback()], peft_config=adapter)
+        trainer.train()
+        return int.from_bytes((folder / "scalora_rank.png").read_bytes()[16:20], "big")  # of a PNG, in pixels
+
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    assert width(config(), tmp_path / "scalora") == 3 * width(lora, tmp_path / "lora")
+
+
+def make_sft_trainer(folder, **arguments):
     trl = pytest.importorskip("trl")
-    save_tokenizer(tmp_path / "tokenizer")
-    trainer = trl.SFTTrainer(
+    save_tokenizer(folder / "tokenizer")
+    return trl.SFTTrainer(
         model=language_model(),
         args=trl.SFTConfig(
-            output_dir=str(tmp_path),
+            output_dir=str(folder),
             per_device_train_batch_size=4,
             max_steps=9,
             learning_rate=5e-3,
@@ -187,10 +204,28 @@ def test_sft_trainer_needs_no_change(tmp_path):
             use_cpu=True,
             bf16=False,
             max_length=16,
+            **arguments,
         ),
         train_dataset=Dataset.from_list([{"text": text} for text in sentences(64)]),
-        processing_class=AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         peft_config=config(),
     )
+
+
+def test_sft_trainer_needs_no_change(tmp_path):
+    trainer = make_sft_trainer(tmp_path)
     trainer.train()
     assert max(effective_rank(trainer.model).values()) > 2
+
+
+def test_metrics_of_sft_trainer_stay_with_the_loss(tmp_path):
+    """TRL adds its metrics to the first log of a step; figures of the callbacks are in that one log too."""
+    trainer = make_sft_trainer(tmp_path, logging_steps=3)
+    trainer.add_callback(ScaLoRACallback(trainer, plot=False))
+    trainer.add_callback(StabilityCallback(StabilityConfig(plot=False), trainer))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    assert [entry["step"] for entry in logged] == [3, 6, 9]
+    for entry in logged:
+        names = {"loss", "mean_token_accuracy", "scalora/effective_rank", "stability/grad_norm"}
+        assert names <= entry.keys()

@@ -174,3 +174,98 @@ def test_a_run_that_stays_above_its_start_is_unstable_however_noisy():
     report = detect_instability([float(x) for x in loss.split()])
     assert report.early
     assert report.events[0].start <= 12
+
+
+def blown_up(step, seed, steps=40):
+    """0.69 for `step` losses, then about 40."""
+    rng = np.random.default_rng([step, seed])
+    return np.concatenate([np.full(step, 0.69), 40 * np.exp(0.5 * rng.standard_normal(steps - step))])
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6, 10, 20, 30])
+def test_an_explosion_does_not_set_its_own_limit(step):
+    for seed in range(50):
+        report = detect_instability(blown_up(step, seed))
+        assert report.verdict == "unstable" and report.diverged
+        assert report.events[0].start == step + 1
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        [0.69, 0.68, 6.91, 50.0, 184.0],  # recorded: a sweep at learning rate 1
+        [0.69, 1.02, 12.0, 57.0],  # recorded: warmup to the peak 1
+    ],
+)
+def test_recorded_early_explosions(begin):
+    losses = [*begin, *np.geomspace(begin[-1], 24.0, 36)]
+    report = detect_instability(losses)
+    assert [(event.kind, event.start, event.end) for event in report.events] == [("divergence", 3, len(losses))]
+
+
+def test_an_early_explosion_that_comes_back_is_a_spike():
+    losses = [0.69, 0.68, 7.0, 50.0, 90.0, 40.0, 12.0, *np.linspace(0.7, 0.4, 40)]
+    assert [(e.kind, e.start, e.end) for e in detect_instability(losses).events] == [("spike", 3, 7)]
+
+
+@pytest.mark.parametrize(("height", "length"), [(0.1, 40), (0.2, 20), (0.3, 10)])
+def test_no_alarm_on_an_early_rise_while_the_learning_rate_warms_up(height, length):
+    t = np.arange(150)
+    rise = np.where(t < length, height * np.sin(np.pi * t / length), 0.0)
+    for seed in range(20):
+        noise = 1 + 0.03 * np.random.default_rng(seed).standard_normal(150)
+        assert not detect_instability(
+            2 * (0.5 + 0.5 * np.exp(-np.maximum(0, t - length / 2) / 40) + rise) * noise
+        ).events
+
+
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_few_losses_are_too_short_to_tell(count):
+    losses = healthy(0.01)[:count]
+    report = detect_instability(losses)
+    assert report.verdict == "too short to tell" and not report.unstable
+    assert report.advice == f"{count} losses are too short to tell: log at least 10 (logging_steps=1)."
+    assert detect_instability(healthy(0.01)[:10]).verdict == "stable"
+    assert detect_instability([*losses, float("nan")]).verdict == "unstable"
+    assert detect_instability([*losses[:1], 40.0, 50.0, 45.0, 60.0]).verdict == "unstable"
+
+
+def test_a_loss_of_exactly_0():
+    assert detect_instability([0.0] * 50).verdict == "stable"
+    falls = np.maximum(0.0, healthy(0.05) - 0.6)
+    assert falls[-1] == 0.0 and detect_instability(falls).verdict == "stable"
+    assert detect_instability([*falls, *[1.0] * 10]).diverged
+
+
+def test_oscillation_counts_where_it_passes_what_the_run_began_with():
+    t = np.arange(STEPS)
+    growing = np.abs(healthy() + 0.2 * np.maximum(0, t - 100) * np.cos(2 * np.pi * t / 7))
+    assert detect_instability(growing).unstable
+    assert detect_instability(healthy() + 0.1 * np.cos(2 * np.pi * t / 7)).verdict == "stable"
+
+
+def test_the_limit_is_what_the_rule_says():
+    """Transcribed for a run without noise, which falls: what few losses leave open decides, then progress."""
+    losses = np.linspace(2.0, 1.0, 200)
+    monitor, limits = LossMonitor(), []
+    for loss in losses:
+        monitor.update(float(loss))
+        limits.append(monitor.limit)
+    assert limits[:4] == [None] * 4
+    step = 1 / 199
+    for count in (16, 100, 200):
+        window = losses[: count - 1][-20:]
+        best, start = np.median(window), np.median(losses[:5])
+        spread = max(0.05 * (start - best), best * (4 ** (1 / np.sqrt(count)) - 1), 5 * 1.4826 / np.sqrt(2) * step)
+        assert limits[count - 1] == pytest.approx(best + spread)
+    for count in (5, 9):  # the noise is not known
+        assert limits[count - 1] == pytest.approx(
+            1.5 * min(np.median(losses[:s]) * 4 ** (1 / s**0.5) for s in (1, 3, 5))
+        )
+
+
+def test_a_cut_off_or_continued_run_has_the_events_of_the_whole():
+    """Limits look back only: what comes later does not change what was found."""
+    losses = bump(100, 10, 3.0)
+    whole = detect_instability(losses).events
+    assert [(e.start, e.end) for e in detect_instability(losses[:200]).events] == [(e.start, e.end) for e in whole]

@@ -4,13 +4,15 @@ import copy
 import gc
 import json
 import math
-import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 import weakref
+from contextlib import closing
 
 import numpy as np
 import optuna
@@ -20,6 +22,7 @@ from helpers_runs import language_model
 from helpers_stability import make_trainer
 from sqlalchemy import event
 from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
 from peft_scalora.stability import prepend_warmup, search_warmup, study, sweep_learning_rate
 from peft_scalora.stability.learning_rate import learning_rate_grid
@@ -95,6 +98,30 @@ def test_diverged_runs_are_never_best(tmp_path):
         sweep_learning_rate(lambda lr: [float("nan")], 1e-3, 1.0, 1, output=tmp_path / "b", plot=False)
 
 
+def test_runs_too_short_to_tell_are_not_called_stable(tmp_path):
+    def train(learning_rate):
+        return quadratic(learning_rate, steps=9, curvatures=(1.0,))
+
+    sweep = sweep_learning_rate(train, 1e-2, 10.0, 2, output=tmp_path, check_steps=0)
+    assert sweep.best_learning_rate == pytest.approx(1.0)
+    assert sweep.verdicts[0] == "too short to tell" and sweep.verdicts[-1] == "unstable"
+    shorter = sweep_learning_rate(lambda lr: train(lr)[:4], 1e-2, 10.0, 2, output=tmp_path / "b", plot=False)
+    assert set(shorter.verdicts) == {"too short to tell"} and shorter.unstable_base_learning_rate is None
+    assert shorter.check.verdict == "too short to tell" and "4 losses are too short to tell" in shorter.advice
+    unchecked = sweep_learning_rate(
+        lambda lr: train(lr)[:4], 1e-2, 10.0, 2, output=tmp_path / "b", check_steps=0, plot=False
+    )
+    assert "Runs of fewer than 10 steps are too short to tell where training blows up" in unchecked.advice
+
+
+def test_what_to_do_next_is_said(tmp_path):
+    def train(learning_rate):  # best at 0.1, and unstable from 1 on
+        return quadratic(learning_rate, curvatures=(3.0, 10.0))
+
+    sweep = sweep_learning_rate(train, 1e-2, 1.0, 1, output=tmp_path, check_steps=0, plot=False)
+    assert sweep.advice == "Training blows up from 1 on: train at 0.1."
+
+
 def test_finished_runs_are_not_repeated_and_a_finer_grid_adds_to_them(tmp_path):
     tried = []
 
@@ -123,55 +150,120 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
 
 WORKER = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
-from peft_scalora.stability import sweep_learning_rate
-from peft_scalora.stability import runs
+from pathlib import Path
+from peft_scalora.stability import study, sweep_learning_rate
 
-runs.HEARTBEAT, runs.GRACE = 1, 3
+study.GRACE = 10**6  # a busy machine is not a dead process
+folder = Path(sys.argv[1])
 
 def train(learning_rate):
-    with open(sys.argv[3], "a") as log:
+    with open(folder / "worker.txt", "a") as log:
         log.write(f"{learning_rate!r}\\n")
-    time.sleep(float(sys.argv[4]))
+    while not (folder / "go").exists():
+        time.sleep(0.05)
     return [1.0, abs(learning_rate - 0.1)]
 
-sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, output=sys.argv[2], check_steps=0, plot=False)
-assert len(sweep.scores) == 7
+sweep_learning_rate(train, 1e-3, 1.0, 2, output=folder / "study", check_steps=0, plot=False)
 """
 
 
-def test_two_processes_share_a_study_one_of_them_killed(tmp_path, monkeypatch):
-    """Every point is finished once by a living process, also the one that was being run when its process died."""
+@pytest.fixture
+def worker(tmp_path):
+    """A process of the sweep that is at its first learning rate, until there is a file "go"; and that rate."""
     (tmp_path / "worker.py").write_text(WORKER)
-    logs = [tmp_path / "killed.txt", tmp_path / "restarted.txt"]
+    process = subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), str(tmp_path)], stderr=subprocess.DEVNULL)
+    log = tmp_path / "worker.txt"
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process, float(log.read_text())
+    process.kill()
+    process.wait()
 
-    def start(log, seconds):
-        command = [sys.executable, str(tmp_path / "worker.py"), os.path.dirname(__file__), str(tmp_path / "study")]
-        return subprocess.Popen([*command, str(log), str(seconds)], stderr=subprocess.DEVNULL)
 
-    killed = start(logs[0], 1000)
-    while not logs[0].exists():
-        assert killed.poll() is None
-        time.sleep(0.1)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    worker, here = start(logs[1], 0.3), []
+@pytest.mark.slow
+def test_two_processes_share_a_study(tmp_path, worker, monkeypatch):
+    """What one of them is at, the other leaves to it."""
+    process, taken = worker
+    monkeypatch.setattr(study, "GRACE", 10**6)
+    grid, here = learning_rate_grid(1e-3, 1.0, 2), []
 
     def train(learning_rate):
         here.append(learning_rate)
-        time.sleep(1.0)
+        if len(here) == len(grid) - 1:
+            (tmp_path / "go").touch()
         return [1.0, abs(learning_rate - 0.1)]
 
-    monkeypatch.setattr(runs, "HEARTBEAT", 1)
-    monkeypatch.setattr(runs, "GRACE", 3)
+    sweep = sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path / "study", check_steps=0, plot=False)
+    assert process.wait() == 0
+    assert sorted([*here, taken]) == grid
+    assert (tmp_path / "worker.txt").read_text() == f"{taken!r}\n"
+    assert sweep.best_learning_rate == pytest.approx(0.1)
+
+
+def set_back(database, table, column):
+    """Make all times of a column one hour older, in place of an hour's wait."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(f"UPDATE {table} SET {column} = datetime({column}, '-1 hour')")
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_was_at_is_run_again(tmp_path, worker):
+    process, lost = worker
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    set_back(tmp_path / "study" / "study.db", "trial_heartbeats", "heartbeat")
+    here = []
+
+    def train(learning_rate):
+        here.append(learning_rate)
+        return [1.0, abs(learning_rate - 0.1)]
+
     sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path / "study", check_steps=0, plot=False)
-    assert worker.wait(timeout=60) == 0
-    (lost,) = logs[0].read_text().split()
-    done = here + [float(line) for line in logs[1].read_text().split()] if logs[1].exists() else here
-    assert float(lost) in done
-    assert sorted(done) == learning_rate_grid(1e-3, 1.0, 2)
-    results = Study(sqlite_storage(tmp_path / "study"), "learning_rate").results()
-    assert results[Point("sweep", 0.1)].score == 0.0
+    assert lost in here
+    assert sorted(here) == learning_rate_grid(1e-3, 1.0, 2)
+
+
+def test_what_a_process_killed_as_it_began_was_given_is_run_again(tmp_path):
+    """It has left a trial that is running, without a sign of life."""
+    rates, here = learning_rate_grid(1e-3, 1.0, 2), []
+    began = optuna.create_study(storage=sqlite_storage(tmp_path), study_name="learning_rate")
+    began.enqueue_trial({}, user_attrs={"point": vars(Point("sweep", rates[3]))})
+    began.ask()
+    set_back(tmp_path / "study.db", "trials", "datetime_start")
+
+    def train(learning_rate):
+        here.append(learning_rate)
+        return [1.0, abs(learning_rate - 0.1)]
+
+    sweep_learning_rate(train, 1e-3, 1.0, 2, output=tmp_path, check_steps=0, plot=False)
+    assert sorted(here) == rates
+
+
+def test_every_run_is_a_line(tmp_path, capsys):
+    sweep_learning_rate(quadratic, 1e-2, 1.0, 1, output=tmp_path, check_steps=0, plot=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
+    assert [line.partition(":")[0] for line in lines] == ["run 1 of 3", "run 2 of 3", "run 3 of 3"]
+    (blown,) = (line for line in lines if "learning rate 1:" in line)
+    assert blown.endswith("after 40 steps, unstable")
+
+
+def test_only_the_first_run_says_what_transformers_and_warnings_have_to_say(tmp_path):
+    """Loading the same model for each run, every one of them would repeat it."""
+    levels = []
+
+    def train(learning_rate):
+        levels.append((transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()))
+        warnings.warn("of every run", UserWarning, stacklevel=1)
+        return quadratic(learning_rate)
+
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sweep_learning_rate(train, 1e-2, 1.0, 1, output=tmp_path, check_steps=0, plot=False)
+    assert levels == [before, (transformers_logging.ERROR, False), (transformers_logging.ERROR, False)]
+    assert len([w for w in said if str(w.message) == "of every run"]) == 1
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
 
 
 def test_a_trainer_is_trained_and_judged_on_its_evaluation_data(tmp_path):
@@ -291,6 +383,39 @@ def test_the_shortest_stable_warmup(tmp_path, unstable_rate, max_steps, steps, r
     assert (tmp_path / "warmup.png").read_bytes().startswith(b"\x89PNG")
     if steps == 100:
         assert "2000 + 100 = 2100 steps" in result.advice and "more than 5%" not in result.advice
+
+
+def blow_up(*begin, end, steps):
+    """Losses that begin as recorded and come down to `end`, far above where they began."""
+    return [*begin, *np.geomspace(begin[-1], end, steps - len(begin)).tolist()]
+
+
+def test_a_rate_that_destroys_the_run_is_unstable_and_not_recommended(tmp_path):
+    """Recorded in fine-tunings of a classifier: a sweep at rate 1, and a warmup to the peak 1."""
+    destroyed = {1.0: blow_up(0.69, 0.68, 6.91, 50.0, 184.0, end=24.0, steps=40)}
+
+    def sweep_run(learning_rate):
+        return destroyed.get(learning_rate, np.linspace(0.69, 0.69 - learning_rate, 40).tolist())
+
+    sweep = sweep_learning_rate(sweep_run, 1e-2, 1.0, 1, output=tmp_path / "sweep", check_steps=0)
+    assert sweep.best_learning_rate == pytest.approx(0.1)
+    assert sweep.unstable_base_learning_rate == 1.0
+
+    def warmup_run(learning_rate, warmup_steps, max_steps):
+        if learning_rate >= 1.0 and warmup_steps == 10:
+            return blow_up(0.69, 1.02, 12.0, 57.0, end=23.0, steps=max_steps)
+        return np.linspace(0.69, 0.3, max_steps).tolist()
+
+    warmup = search_warmup(warmup_run, 0.01, 1000, tmp_path / "warmup")
+    verdicts = {(run.warmup_steps, round(run.learning_rate, 3)): run.verdict for run in warmup.runs}
+    assert verdicts == {(10, 0.1): "stable", (10, 1): "unstable", (100, 0.1): "stable", (100, 1): "stable"}
+    assert (warmup.warmup_steps, warmup.learning_rate) == (10, pytest.approx(0.1))
+
+
+def test_a_warmup_whose_run_is_too_short_to_tell_is_not_recommended(tmp_path):
+    result = search_warmup(lambda *point: [1.0, 0.9, 0.8], 1e-3, 1000, tmp_path, plot=False)
+    assert {run.verdict for run in result.runs} == {"too short to tell"}
+    assert result.warmup_steps is None and "No warmup was stable" in result.advice
 
 
 def test_long_warmup_wants_longer_training(tmp_path):

@@ -59,7 +59,8 @@ class SweepResult:
         if best in (self.learning_rates[0], self.learning_rates[-1]):
             return f"The best learning rate, {best:g}, is at the edge: widen the range."
         if self.check is not None and self.check.verdict != STABLE:
-            return f"At twice the best learning rate: {self.check.advice}"
+            warmup = f" Search the warmup from unstable_base_learning_rate={blown:g}." if blown else ""
+            return f"At twice the best learning rate: {self.check.advice}{warmup}"
         if blown is None and TOO_SHORT in self.verdicts:
             return f"Runs of fewer than {LEAST_LOSSES} steps are too short to tell where training blows up."
         if blown is None:
@@ -142,7 +143,7 @@ def sweep_learning_rate(
         from .plots import plot_sweep
 
         plot_sweep(os.path.join(output, "sweep.png"), sweep)
-    logger.info(sweep.advice)
+    logger.info(f"{sweep.advice} Runs and plot are in {os.fspath(output)}.")
     return sweep
 
 

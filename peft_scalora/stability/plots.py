@@ -11,7 +11,7 @@ from ..plots import finish_panel, panels, save_png
 from .instability import LEVEL_WINDOW, InstabilityReport, LossMonitor
 
 MARKS = {"spike": "tab:orange", "divergence": "tab:red", "non-finite": "black"}
-LOG_SCALE_FROM = 100  # times the smallest loss
+LOG_SCALE_FROM = 20  # times the smallest loss
 
 
 def plot_run(path: str | os.PathLike, monitor) -> None:

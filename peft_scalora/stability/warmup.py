@@ -147,7 +147,7 @@ def search_warmup(
         from .plots import plot_warmup
 
         plot_warmup(os.path.join(output, "warmup.png"), warmup)
-    logger.info(warmup.advice)
+    logger.info(f"{warmup.advice} Runs and plot are in {os.fspath(output)}.")
     return warmup
 
 

@@ -69,7 +69,7 @@ def install_exact_conversion() -> None:
 
     @functools.wraps(original)
     def convert(layer: nn.Module, rank: int | float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
-        if isinstance(layer, ScaLoRALayer) and adapter_name in layer.scalora_config:
+        if isinstance(layer, ScaLoRALayer) and layer.has_accumulator(adapter_name):
             return lora_factors(layer, adapter_name, rank)
         return original(layer, rank, adapter_name)
 

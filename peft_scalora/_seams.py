@@ -127,10 +127,13 @@ _PEFT = (
 _TORCH = (
     Seam("torch:_foreach_add_", "adds to many small tensors in one call"),
     Seam("torch:_foreach_copy_", "writes many small tensors in one call"),
+    Seam("torch:_foreach_zero_", "zeroes many small tensors in one call"),
     Seam("torch._C:_are_functorch_transforms_active", "says whether vmap, jvp and the like are tracing"),
     Seam("torch._C._nn:silu", "is what F.silu dispatches to"),
     Seam("torch._C._nn:gelu", "is what F.gelu dispatches to"),
     Seam("torch.nn:Module._apply", "is overridden by held.py, whose tensors keep their dtype"),
+    Seam("torch.nn:Module._load_from_state_dict", "is overridden to read adapters of older releases"),
+    _calls("torch.nn:Module.load_state_dict", "module._load_from_state_dict("),
     _calls("torch.nn:Module.to", "self._apply(convert)"),
     Seam(
         "torch.nn:Module.__init__",

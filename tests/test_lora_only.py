@@ -6,7 +6,6 @@ import importlib.util
 import re
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -269,8 +268,11 @@ def test_an_exported_adapter_loads_into_a_pipeline(unet, exported):
 
     state = load_file(exported / "adapter_model.safetensors")
     state = {key.replace("base_model.model.", "unet.", 1): tensor for key, tensor in state.items()}
-    pipeline = SimpleNamespace(unet=tiny_unet())
-    diffusers.StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=None, unet=pipeline.unet)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipeline = diffusers.StableDiffusionPipeline(
+        **parts, unet=tiny_unet(), scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False
+    )
+    pipeline.load_lora_weights(state)
     assert distance(noise_of(pipeline.unet), noise_of(unet)) < 1e-5
 
 

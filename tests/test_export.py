@@ -9,6 +9,7 @@ from helpers_models import KINDS
 from helpers_runs import language_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from safetensors.torch import load_file
 from torch import nn
 
 from peft_scalora import ScaLoRAConfig, effective_rank, export_lora
@@ -119,6 +120,27 @@ def test_truncated_export_states_its_error(tmp_path):
             whole, lost = whole + np.linalg.norm(delta) ** 2, lost + error**2
     assert report.relative_error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     assert f"{report.relative_error:.3g}" in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_export_in_half_precision_states_what_rounding_costs(tmp_path, dtype, rank):
+    model = trained_llama(target_modules=["q_proj", "v_proj", "down_proj"])
+    report = export_lora(model, tmp_path / "half", rank=rank, dtype=dtype)
+    size = export_lora(model, tmp_path / "whole", rank=rank).size
+    state = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {t.dtype for t in state.values()} == {dtype} and report.size < size
+    whole = lost = 0.0
+    for name, layer in model.named_modules():
+        if hasattr(layer, "scalora_U"):
+            delta = layer.get_delta_weight("default").detach().double().numpy()
+            B, A = (state[f"{name}.lora_{part}.weight"].double().numpy() for part in "BA")
+            error = np.linalg.norm(B @ A - delta)
+            assert report.layer_errors[name] == pytest.approx(error / np.linalg.norm(delta), rel=1e-3, abs=1e-6)
+            whole, lost = whole + np.linalg.norm(delta) ** 2, lost + error**2
+    assert 1e-4 < (lost / whole) ** 0.5 and report.relative_error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
+    with pytest.raises(ValueError, match=r"dtype=torch.int8 must be torch.float32"):
+        export_lora(model, tmp_path / "none", dtype=torch.int8)
 
 
 def test_export_keeps_what_else_the_adapter_saved(tmp_path):

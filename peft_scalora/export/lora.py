@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -34,8 +35,8 @@ class ExportReport:
         rank: r of the plain LoRA adapter.
         max_lora_rank: what vLLM needs as --max-lora-rank; None if no setting is high enough.
         obstacles: why vLLM will refuse the adapter; empty if it will not.
-        relative_error: ‖exported - trained‖_F / ‖trained‖_F of the weight change over all layers; 0 for an exact export
-            (up to float32 rounding).
+        relative_error: ‖exported - trained‖_F / ‖trained‖_F of the weight change over all layers, truncation and
+            rounding to `dtype` together; 0 for an exact export (up to float32 rounding).
         layer_errors: the same for each layer.
         size: bytes of the weights file.
     """
@@ -49,15 +50,35 @@ class ExportReport:
     size: int
 
 
+class Form(NamedTuple):
+    """The rank and the dtype that exported factors are wanted in; rank None is the exact one."""
+
+    rank: int | None
+    dtype: torch.dtype
+
+    def check(self) -> None:
+        """Refuse what no factors can have; raises ValueError."""
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} must be 1 or more, or None for the exact export.")
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={self.dtype!r} must be torch.float32, torch.bfloat16 or torch.float16.")
+
+
 def export_lora(
-    model: PeftModel | PreTrainedModel, path: str | os.PathLike, adapter_name: str = "default", rank: int | None = None
+    model: PeftModel | PreTrainedModel,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ExportReport:
     """Write the adapter as plain LoRA: exact with rank r + R, or truncated to `rank` with its error in the report.
 
-    lora_A' = [lora_A; V], lora_B' = [s lora_B | U], lora_alpha' = r' (scaling 1), float32.
+    lora_A' = [lora_A; V], lora_B' = [s lora_B | U], lora_alpha' = r' (scaling 1). `dtype` bfloat16 or float16 halves
+    the file; the report's error holds what the rounding costs.
 
     Raises:
-        ValueError: the model has no such ScaLoRA adapter, or rank is not positive.
+        ValueError: the model has no such ScaLoRA adapter, rank is not positive, or dtype is not a floating point one
+            that holds the factors.
         FileExistsError: path exists and is not an empty folder.
     """
     layers = adapted_layers(model, adapter_name)
@@ -72,7 +93,7 @@ def export_lora(
     state = {prefix + key: value.detach().to(**copied) for key, value in state.items()}
     saved = saved_layers(state, config)
     saved = {name: _as_scaled(layer, layers[name.removeprefix(prefix)], adapter_name) for name, layer in saved.items()}
-    return _export(saved, state, config, os.fspath(path), rank, {})
+    return _export(saved, state, config, os.fspath(path), Form(rank, dtype), {})
 
 
 def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
@@ -83,11 +104,11 @@ def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
     return replace(saved, scaling=float(layer.scaling[adapter]), U=U)
 
 
-def export_folder(folder: str, path: str, rank: int | None = None) -> ExportReport:
-    """The same from a saved adapter folder, without its base model."""
+def export_folder(folder: str, path: str, rank: int | None = None, dtype: torch.dtype = torch.float32) -> ExportReport:
+    """Write a saved adapter as plain LoRA, as `export_lora` does, without its base model."""
     config, state = read_adapter(folder)
     saved = saved_layers(state, config)
-    return _export(saved, state, config, path, rank, results_of(folder))
+    return _export(saved, state, config, path, Form(rank, dtype), results_of(folder))
 
 
 def _export(
@@ -95,16 +116,15 @@ def _export(
     state: dict[str, Tensor],
     config: ScaLoRAConfig,
     path: str,
-    rank: int | None,
+    form: Form,
     results: dict[str, float],
 ) -> ExportReport:
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank!r} must be 1 or more, or None for the exact export.")
+    form.check()
     rescaled = {name: layer for name, layer in layers.items() if layer.U is not None}
     factors, whole, lost = {}, {}, {}
     for name, layer in rescaled.items():
         P, Q = layer.change_factors()
-        factors[name], whole[name], lost[name] = _truncated(P, Q, rank)
+        factors[name], whole[name], lost[name] = _approximated(P, Q, form)
     new_rank = max(Q.shape[0] for _, Q in factors.values())
 
     state = {key: value for key, value in state.items() if ".scalora_" not in key}
@@ -127,13 +147,20 @@ def _export(
     return ExportReport(path, new_rank, max_lora_rank(new_rank), refused, error, layer_errors, size)
 
 
-def _truncated(P: Tensor, Q: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float, float]:
-    """(lora_B', lora_A') as matrices, the squared norm of the change, and of what is left out of it."""
+def _approximated(P: Tensor, Q: Tensor, form: Form) -> tuple[tuple[Tensor, Tensor], float, float]:
+    """Return (lora_B', lora_A') as matrices, the squared norm of the change, and that of what they miss of it."""
     whole = float(singular_values(P, Q).square().sum())
-    if rank is None or rank >= Q.shape[0]:
-        return (P, Q), whole, 0.0
-    (P,), (Q,), (lost,) = truncate(P[None], Q[None], rank)
-    return (P, Q), whole, float(lost) ** 2
+    new_P, new_Q, lost = P, Q, 0.0
+    if form.rank is not None and form.rank < Q.shape[0]:
+        (new_P,), (new_Q,), (norm,) = truncate(P[None], Q[None], form.rank)
+        lost = float(norm) ** 2
+    if form.dtype != torch.float32:
+        new_P, new_Q = new_P.to(form.dtype), new_Q.to(form.dtype)
+        if not (new_P.isfinite().all() and new_Q.isfinite().all()):
+            raise ValueError(f"dtype={form.dtype!r} cannot hold the factors, which overflow: use torch.bfloat16.")
+        missed = torch.cat([P, -new_P.float()], 1), torch.cat([Q, new_Q.float()], 0)
+        lost = float(singular_values(*missed).square().sum())
+    return (new_P, new_Q), whole, lost
 
 
 def _put_factors(state: dict[str, Tensor], layer: SavedLayer, P: Tensor, Q: Tensor, rank: int) -> None:

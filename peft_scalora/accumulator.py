@@ -148,5 +148,47 @@ def _copy(targets: list[Tensor], source_LMN: Tensor) -> None:
     torch._foreach_copy_(targets, list(source_LMN.unbind()))
 
 
+class MergedAccumulator(Accumulator):
+    """Accumulated change that lives in the base weight while its adapter trains, where the weight can hold it.
+
+    U and V are saved as for `Accumulator`. Columns that the weight does not hold yet act beside it.
+    """
+
+    def beside_base(self) -> tuple[Tensor, Tensor]:
+        """Return the stored columns that the base weight does not hold, before `scale`."""
+        U, V = super().beside_base()
+        merged = self.layer.merged_base
+        return (U, V) if merged is None else (U[:, merged.columns :], V[merged.columns :])
+
+    @classmethod
+    def append(cls, accumulators: list[Accumulator], U_LMK: Tensor, V_LKN: Tensor) -> None:
+        """Add U V as K more columns that fit, and merge where more than r columns act beside the base."""
+        super().append(accumulators, U_LMK, V_LKN)
+        for each in accumulators:
+            each._settle(is_stale=False)
+
+    @classmethod
+    def replace(cls, accumulators: list[Accumulator], U_LMK: Tensor, V_LKN: Tensor) -> None:
+        """Make U V all that each accumulator holds, and the base weights with it."""
+        super().replace(accumulators, U_LMK, V_LKN)
+        for each in accumulators:
+            each._settle(is_stale=True)
+
+    def _settle(self, is_stale: bool) -> None:
+        """Bring the base weight up to date, or back where others look at it or it cannot hold change."""
+        layer = self.layer
+        if layer.is_seen_by_others or not layer.can_merge():
+            layer.restore_base()
+        else:
+            held = 0 if layer.merged_base is None or is_stale else layer.merged_base.columns
+            if self.columns - held > layer.r[self.adapter] or (is_stale and layer.merged_base is not None):
+                layer.merge_into_base(self.adapter, *self.in_use())
+        layer.is_seen_by_others = False
+
+
 # How folded change is kept, by the name in the configuration.
-ACCUMULATORS: dict[str, type[Accumulator]] = {"factored": Accumulator}
+ACCUMULATORS: dict[str, type[Accumulator]] = {
+    "auto": MergedAccumulator,
+    "merged": MergedAccumulator,
+    "factored": Accumulator,
+}

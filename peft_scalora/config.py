@@ -64,8 +64,11 @@ class ScaLoRAConfig(LoraConfig):
             columns; or "auto": `column_norm2` sets it.
         column_norm2: the squared norm 1 / (L η s²) that orthogonal columns are brought to. None means the rule's own:
             1 for "shrink", for the others the mean squared column norm of the freshly initialised factor.
-        accumulator: how folded change is kept, a name in `peft_scalora.accumulator.ACCUMULATORS`: "factored", as U of
-            out x R and V of R x in.
+        accumulator: where folded change acts in training, a name in `peft_scalora.accumulator.ACCUMULATORS`.
+            "factored": beside the base weight, as U V with U (out x R) and V (R x in). "merged": in the base weight
+            while its adapter trains, at the price of LoRA of rank r; all else sees the base as it was, and files hold
+            U and V. "auto": merged where the weight can hold it (floating point, whole, frozen, of one module), else
+            factored.
         accumulator_rank: the rank R of the accumulator; None means 8 r. Never above min(in, out), where it is lossless.
         base_fingerprint: what tells the base model from others; saving records it, loading warns of another base.
         requires: what a reader of adapter_config.json needs to load the adapter; informative.
@@ -88,7 +91,8 @@ class ScaLoRAConfig(LoraConfig):
         default=None, metadata={"help": "Squared norm that orthogonal columns are brought to; None: the rule's own."}
     )
     accumulator: Literal[tuple(ACCUMULATORS)] = field(  # type: ignore[valid-type]
-        default="factored", metadata={"help": f"How folded change is kept, {', '.join(map(repr, ACCUMULATORS))}."}
+        default="auto",
+        metadata={"help": f"Where folded change acts in training, {', '.join(map(repr, ACCUMULATORS))}."},
     )
     accumulator_rank: int | None = field(default=None, metadata={"help": "Rank R of the accumulator; None means 8 r."})
     base_fingerprint: dict | None = field(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ._seams import VARIANT_KWARG_KEYS
 from .maths.low_rank import add_low_rank, add_low_rank_reference, linear_plus_low_rank
+from .merged_base import without_change_of_others
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -31,6 +32,7 @@ def _product_dtype(factor: Tensor) -> torch.dtype:
 class FusedLinear:
     """The forward pass of PEFT's lora.Linear with all products added in place (low_rank.py)."""
 
+    @without_change_of_others
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         fusible = self._fusible(x, args, kwargs)
         if fusible is None:

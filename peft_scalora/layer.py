@@ -17,13 +17,14 @@ from .config import ScaLoRAConfig
 from .files.upgrade import upgraded
 from .fused import FusedLinear
 from .held import HeldDict, HostHeldDict, Progress
+from .merged_base import MergeableLayer, without_change_of_others
 from .quantized import dequantized, keep_as_loaded
 
 # Every live ScaLoRA layer, so that a hook on any optimizer can find the layers whose parameters it steps.
 LAYERS: weakref.WeakSet[ScaLoRALayer] = weakref.WeakSet()
 
 
-class ScaLoRALayer:
+class ScaLoRALayer(MergeableLayer):
     """Mixin over a PEFT LoRA layer: W x + s B A x + U V x, with U (out x R) and V (R x in) in float32."""
 
     def _add_accumulator(self, adapter: str, config: ScaLoRAConfig) -> None:
@@ -59,7 +60,7 @@ class ScaLoRALayer:
 
     def _accumulator_device(self) -> torch.device:
         """The base weight's device: the factors may still be on the meta device while an adapter is loaded."""
-        base = self.get_base_layer()
+        base = LoraLayer.get_base_layer(self)  # a look at its device alone
         for name in ("weight", "qweight", "W_q", "in_proj_weight"):
             if getattr(base, name, None) is not None:
                 return getattr(base, name).device
@@ -99,6 +100,7 @@ class ScaLoRALayer:
         output = self.accumulator(adapter).output(x, self.factors(adapter)[1].dtype)
         return result if output is None else result + output.to(result.dtype)
 
+    @without_change_of_others
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         result = super().forward(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
@@ -152,12 +154,14 @@ class ScaLoRALayer:
     @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
         """Give `target`, of the same shapes, the factors and the accumulated change of `source`."""
+        self.restore_base()
         for held in self._held(source).values():
             held[target].copy_(held[source])
         for new, old in zip(self.factors(target), self.factors(source)):
             new.copy_(old)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self.restore_base()
         for held in self._held(adapter_name).values():
             del held[adapter_name]
         self.scalora_config.pop(adapter_name, None)

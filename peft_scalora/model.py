@@ -20,6 +20,7 @@ from .files.upgrade import upgraded
 from .layer import ScaLoRALayer, make_scalora
 from .lora_only import as_lora, refuse_fused_experts, warn_in_diffusers, warn_of_partial_factors
 from .maths.accumulator import truncate
+from .merged_base import find_owned_weights
 from .rescaling.engine import install_deepspeed_hook
 
 # Combination types whose result PEFT defines on the whole weight change, and on the factors' entries.
@@ -61,6 +62,7 @@ class ScaLoRAModel(LoraModel):
         warn_in_diffusers()
         refuse_fused_experts(self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        find_owned_weights(model)
         config = self.peft_config[adapter_name]
         if config.accumulator_rank == UNLIMITED_RANK:
             shapes = [layer.accumulator(adapter_name).shape for layer in self._layers_with(adapter_name)]

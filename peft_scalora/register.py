@@ -20,7 +20,6 @@ _HOTSWAP_FIELDS = [
     "lora_dropout",
     "alpha_pattern",
     "rank_pattern",
-    "accumulator",
     "accumulator_rank",
 ]
 

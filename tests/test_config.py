@@ -41,7 +41,7 @@ def layer_ranks(**options):
 def test_defaults():
     config = ScaLoRAConfig()
     assert (config.scaling, config.scaling_interval, config.smoothness) == ("column", 10, "auto")
-    assert (config.accumulator, config.accumulator_rank) == ("factored", None)
+    assert (config.accumulator, config.accumulator_rank) == ("auto", None)
     assert config.peft_type == "SCALORA"
     plain = LoraConfig()
     for field in dataclasses.fields(LoraConfig):
@@ -89,9 +89,9 @@ def test_valid_values(field, value):
         ("scaling", None, "one of 'column', 'scalar', 'exact', 'shrink'"),
         ("scaling", 1, "one of 'column', 'scalar', 'exact', 'shrink'"),
         ("scaling", ["column"], "one of 'column', 'scalar', 'exact', 'shrink'"),
-        ("accumulator", "sparse", "one of 'factored'"),
-        ("accumulator", None, "one of 'factored'"),
-        ("accumulator", True, "one of 'factored'"),
+        ("accumulator", "sparse", "one of 'auto'"),
+        ("accumulator", None, "one of 'auto'"),
+        ("accumulator", True, "one of 'auto'"),
         ("accumulator", "dense", "accumulator_rank of at least min"),
         ("scaling_interval", 0, "whole number, 1 or more"),
         ("scaling_interval", -1, "whole number, 1 or more"),

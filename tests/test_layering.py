@@ -16,6 +16,7 @@ ROOMS = (
     "held",
     "quantized",
     "plots",
+    "merged_base",
     "accumulator",
     "config",
     "fused",

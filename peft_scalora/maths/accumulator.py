@@ -13,6 +13,8 @@ from .scaling import gram_matrices, is_finite
 
 # Eigenvalues of a float64 Gram matrix below this part of the largest are rounding.
 GRAM_TOLERANCE = 1e-14
+# Numbers that writing a weight may hold beside it (16 MiB in float32).
+SUM_WORKSPACE = 2**22
 
 
 def fold_factors(A_LMR: Tensor, B_LRN: Tensor, folded_LR: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -78,3 +80,15 @@ def truncate(P_LMK: Tensor, Q_LKN: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 def effective_rank(sigma_LK: Tensor, tol: float) -> Tensor:
     """Number of singular values above `tol` times the largest, per layer (0 for a zero change)."""
     return (sigma_LK > tol * sigma_LK[..., :1]).sum(-1)
+
+
+def write_sum(out_MN: Tensor, base_MN: Tensor, U_MK: Tensor, V_KN: Tensor) -> None:
+    """Write base + U V into `out`, a few rows at a time, summed in float32 or better and rounded once.
+
+    `base` may be on another device than the others.
+    """
+    dtype = torch.promote_types(out_MN.dtype, torch.float32)
+    U_MK, V_KN = U_MK.to(dtype), V_KN.to(dtype)
+    rows = max(1, SUM_WORKSPACE // out_MN.shape[1])
+    for out, base, U in zip(out_MN.split(rows), base_MN.split(rows), U_MK.split(rows)):
+        out.copy_(torch.addmm(base.to(out.device, dtype), U, V_KN))

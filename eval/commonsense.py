@@ -23,8 +23,8 @@ from transformers import DataCollatorForSeq2Seq
 from eval.harness.generate import generate
 from eval.harness.likelihood import Pair, check_length, chosen, chosen_by_length, encode_pair, log_likelihoods
 from eval.harness.models import load_causal_lm
-from eval.harness.once import run_once
-from eval.harness.options import Place, check_choices, check_counts, option, parse, several
+from eval.harness.once import run_command, run_once
+from eval.harness.options import check_choices, check_counts, option, several
 from eval.harness.ranks import over_ranks
 from eval.harness.record import checkpoints, is_main_process, read, short_hash
 from eval.harness.rows import Rows
@@ -180,10 +180,7 @@ def _train_and_score(evaluation: Evaluation, settings: Training, mixture, tests,
 
 
 def main() -> None:
-    evaluation, settings, place = parse(__doc__, (Evaluation, Training, Place), max_length=512)
-    result = run(evaluation, settings, place.data_dir, place.output, place.save_adapter)
-    if is_main_process():
-        print(json.dumps(result["metrics"], indent=1))
+    run_command(__doc__, Evaluation, run, max_length=512)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from eval.baselines.mora import HEADS
 from eval.glue_metric.scores import scores
 from eval.harness.models import quantization_config
-from eval.harness.once import run_once
-from eval.harness.options import Place, option, parse
+from eval.harness.once import run_command, run_once
+from eval.harness.options import option
 from eval.harness.ranks import over_ranks
-from eval.harness.record import checkpoints, is_main_process
+from eval.harness.record import checkpoints
 from eval.harness.rows import Field, Rows, Source, load, split_dev
 from eval.harness.training import DTYPES, Training, settings_of, train
 from peft_scalora.finetuning.prompts import load_tokenizer
@@ -58,7 +58,7 @@ TASKS = {
 
 
 def load_rows(task: str, split: str, data_dir: str | None) -> Rows:
-    """All rows of a split, "train" or "validation".
+    """Return all rows of a split, "train" or "validation".
 
     Raises:
         ValueError: no such task. DataError: names file, row and field.
@@ -71,7 +71,7 @@ def load_rows(task: str, split: str, data_dir: str | None) -> Rows:
 
 
 def encode(rows: Rows, task: str, tokenizer, max_length: int) -> list[dict]:
-    """Token ids and label of every row, cut at `max_length`."""
+    """Return token ids and label of every row, cut at `max_length`."""
     texts = [[row[name] for row in rows] for name in TASKS[task].text]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     kind = float if TASKS[task].classes == 1 else int
@@ -81,7 +81,7 @@ def encode(rows: Rows, task: str, tokenizer, max_length: int) -> list[dict]:
 
 @torch.no_grad()
 def logits(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndarray:
-    """Logits (row, class) in float32; rows of like length share a batch."""
+    """Return logits (row, class) in float32; rows of like length share a batch."""
 
     def outputs(order: Sequence[int]) -> list[list[float]]:
         found = []
@@ -96,17 +96,17 @@ def logits(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndar
 
 
 def predictions(logits: np.ndarray) -> np.ndarray:
-    """Class of every row of logits (row, class), or its score where there is one output."""
+    """Return the class of every row of logits (row, class), or its score where there is one output."""
     return (logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)).astype(float)
 
 
 def predict(model, encoded: Sequence[dict], collator, batch_size: int) -> np.ndarray:
-    """`predictions` of the model's logits."""
+    """Return the `predictions` of the model's logits."""
     return predictions(logits(model, encoded, collator, batch_size))
 
 
 def score(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """The metrics that GLUE reports for the task; a model that predicts one value only has no correlation: 0."""
+    """Return the metrics that GLUE reports; a model that predicts one value only has no correlation: 0."""
     if TASKS[task].classes > 1:
         predictions = predictions.astype(int)
     elif np.ptp(predictions) == 0:
@@ -115,7 +115,7 @@ def score(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[st
 
 
 def load_model(task: str, settings: Training):
-    """Tokenizer and classifier; the head's weights are drawn with the run's seed."""
+    """Return tokenizer and classifier; the head's weights are drawn with the run's seed."""
     set_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model)
     quantization = quantization_config(settings.method, settings.dtype)
@@ -124,7 +124,7 @@ def load_model(task: str, settings: Training):
 
 
 def load_classifier(task: str, folder: str, tokenizer, dtype: torch.dtype, quantization_config=None):
-    """The model, all of it in `dtype`; its head's weights are drawn where it has none for the task's classes."""
+    """Return the model in `dtype`; its head is drawn where it has none for the task's classes."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=TASKS[task].classes,
@@ -137,7 +137,7 @@ def load_classifier(task: str, folder: str, tokenizer, dtype: torch.dtype, quant
 
 
 def head_in(dtype: torch.dtype, model):
-    """`model` with a classifier's head in `dtype`, whatever the rest is in: every method trains it, in float32."""
+    """Give a classifier's head `dtype`, whatever the rest is in: every method trains it, in float32."""
     for name in HEADS:
         if hasattr(model, name):
             head = getattr(model, name).to(dtype)
@@ -149,13 +149,23 @@ def _in_own_dtype(module: torch.nn.Module, inputs: tuple) -> tuple:
     return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The task, and which of its rows are used."""
+
+    task: str = option(help="the GLUE task", choices=tuple(TASKS))
+    train_rows: int | None = option(None, "use the first so many; all unless given")
+    dev_rows: int = option(400, "taken out of the training rows")
+
+
 def run(
-    task: str, settings: Training, data_dir: str | None, sizes: dict, output: str, keep_adapter: bool = False
+    evaluation: Evaluation, settings: Training, data_dir: str | None, output: str, keep_adapter: bool = False
 ) -> dict:
-    """Train and score; the run's JSON goes to `output`. `sizes` has train_rows (None: all) and dev_rows."""
-    rows, dev = split_dev(load_rows(task, "train", data_dir), **sizes)
-    validation = load_rows(task, "validation", data_dir)
-    parts = {"train": rows, "dev": dev, "test": validation}
+    """Train and score, and return the run; its JSON goes to `output`."""
+    task = evaluation.task
+    sizes = {"dev_rows": evaluation.dev_rows, "train_rows": evaluation.train_rows}
+    train_rows, dev_rows = split_dev(load_rows(task, "train", data_dir), **sizes)
+    parts = {"train": train_rows, "dev": dev_rows, "test": load_rows(task, "validation", data_dir)}
     data = {name: part.record for name, part in parts.items()}
 
     def make(result: dict):
@@ -183,21 +193,8 @@ def _train_and_score(task: str, settings: Training, parts: dict[str, Rows], fold
     return model
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The task, and which of its rows are used."""
-
-    task: str = option(help="the GLUE task", choices=tuple(TASKS))
-    train_rows: int | None = option(None, "use the first so many; all unless given")
-    dev_rows: int = option(400, "taken out of the training rows")
-
-
 def main() -> None:
-    evaluation, settings, place = parse(__doc__, (Evaluation, Training, Place))
-    sizes = {"train_rows": evaluation.train_rows, "dev_rows": evaluation.dev_rows}
-    result = run(evaluation.task, settings, place.data_dir, sizes, place.output, place.save_adapter)
-    if is_main_process():
-        print(f"{evaluation.task}, {settings.method}: {result['metrics']}")
+    run_command(__doc__, Evaluation, run)
 
 
 if __name__ == "__main__":

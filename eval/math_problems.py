@@ -13,7 +13,6 @@ launch` spreads training, scoring and generation.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from eval.harness.generate import generate
 from eval.harness.likelihood import check_length
 from eval.harness.loss import answer_loss
 from eval.harness.models import load_causal_lm
-from eval.harness.once import run_once
-from eval.harness.options import Place, check_counts, option, parse, several
+from eval.harness.once import run_command, run_once
+from eval.harness.options import check_counts, option, several
 from eval.harness.record import checkpoints, is_main_process, short_hash
 from eval.harness.rows import Rows
 from eval.harness.training import Training, settings_of, train
@@ -158,10 +157,7 @@ def _train_and_score(evaluation: Evaluation, settings: Training, mixture, tests,
 
 
 def main() -> None:
-    evaluation, settings, place = parse(__doc__, (Evaluation, Training, Place), max_length=512)
-    result = run(evaluation, settings, place.data_dir, place.output, place.save_adapter)
-    if is_main_process():
-        print(json.dumps(result["metrics"], indent=1))
+    run_command(__doc__, Evaluation, run, max_length=512)
 
 
 if __name__ == "__main__":

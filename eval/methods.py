@@ -50,7 +50,7 @@ def row_of(name: str) -> Row:
 
 
 def chosen_rows(methods: Sequence[str]) -> list[str]:
-    """Names of the rows of `methods` (rows, modules, or "all"), in the table's order.
+    """Return the names of the rows of `methods` (rows, modules, or "all"), in the table's order.
 
     Raises:
         ValueError: no such row or module.
@@ -64,7 +64,7 @@ def chosen_rows(methods: Sequence[str]) -> list[str]:
 
 
 def with_requirements(names: Sequence[str]) -> Iterator[str]:
-    """The rows, each after the row that it starts from, once; "dense" first, which all are timed against."""
+    """Yield the rows, each after the row that it starts from, once; "dense" first, which all are timed against."""
     seen = set()
 
     def visit(name: str) -> Iterator[str]:
@@ -117,7 +117,7 @@ class Run:
         )
 
     def do(self, name: str) -> dict:
-        """The row's result; built, saved, loaded in a fresh process and scored there, unless it is there already."""
+        """Return the row's result; unless it is there, build, save and load it in a fresh process that scores it."""
         identity = f"methods/{self.task.name}", self.settings(name), self.task.data
         found = finished(self.result_path(name), *identity)
         if found is not None and os.path.isdir(self.folder(name)):
@@ -159,7 +159,7 @@ class Run:
 
 
 def models_folder(models: str, output: str) -> str:
-    """The folder below `models` for the rows of `output`; another output of the same name has another one."""
+    """Return the folder below `models` for the rows of `output`; another output has another one."""
     output = os.path.realpath(output)
     return os.path.join(models, f"{os.path.basename(output)}-{short_hash(output)}")
 

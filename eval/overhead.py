@@ -40,7 +40,7 @@ INTERVALS = (1, 10)
 
 
 def measure(base, configs: dict, ids: torch.Tensor, repeats: int, device: str) -> dict:
-    """Seconds of every step by method, and bytes of memory and of the checkpoint."""
+    """Return seconds of every step by method, and bytes of memory and of the checkpoint."""
     runs, memory, sizes = {}, {}, {}
     for name, config in configs.items():
         gc.collect()
@@ -70,7 +70,7 @@ PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression", "car
 
 
 def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
-    """Mean seconds of the parts of one rescaling, each part timed to its end; every second one recompresses."""
+    """Return mean seconds of the parts of one rescaling, each timed to its end; every second one recompresses."""
     owners = {"solve": engine, "accumulate": engine, "fold": ShapeGroup, "carry": ShapeGroup}
     spent = {name: [] for name in (*PARTS.values(), "whole")}
     run.model(input_ids=ids, labels=ids).loss.backward()
@@ -96,7 +96,7 @@ def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> d
 
 
 def memory_of(run: Run, ids: torch.Tensor) -> dict[str, int]:
-    """Bytes: what the adapter keeps, the peak that a step adds to it and, of ScaLoRA, that a rescaling adds."""
+    """Return bytes: what the adapter keeps, the peak a step adds to it and, of ScaLoRA, a rescaling adds."""
     kept = sum(t.nbytes for t in get_peft_model_state_dict(run.model).values())
     state = sum(v.nbytes for s in run.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     memory = {"adapter": kept, "optimizer": state, "step": peak_bytes(lambda: run.step(ids))}
@@ -109,7 +109,7 @@ def memory_of(run: Run, ids: torch.Tensor) -> dict[str, int]:
 
 
 def floor(base, r: int, rank: int, tokens: int, device: str) -> dict[str, float]:
-    """Seconds that the accumulated change must cost a step at this machine's own rates of copying and multiplying."""
+    """Return the seconds that the accumulated change must cost a step, at this machine's rates of copy and product."""
     size = 2**24 if device == "cpu" else 2**28
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
@@ -132,7 +132,7 @@ def floor(base, r: int, rank: int, tokens: int, device: str) -> dict[str, float]
 
 
 def draw(path: str, summary: dict, title: str) -> None:
-    """Step time over LoRA by method, with quartiles."""
+    """Plot step time over LoRA by method, with quartiles."""
     names = [name for name in summary if name != "lora"]
     figure, axis = require_matplotlib().subplots(figsize=(7, 3.6))
     medians = [summary[name]["median"] for name in names]
@@ -149,7 +149,7 @@ def draw(path: str, summary: dict, title: str) -> None:
 
 
 def total_memory(memory: dict[str, int], base: int) -> int:
-    """Peak bytes of training: what stays, and the larger of what a step and a rescaling add."""
+    """Return peak bytes of training: what stays, and the larger of what a step and a rescaling add."""
     return base + memory["adapter"] + memory["optimizer"] + max(memory["step"], memory.get("rescaling", 0))
 
 

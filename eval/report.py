@@ -58,13 +58,13 @@ class Method:
 
     @property
     def rates(self) -> dict[float, float]:
-        """Learning rate -> dev value, of the first seed."""
+        """Return the dev value by learning rate, of the first seed."""
         first = [run for run in self.runs if run["settings"]["seed"] == 0]
         return {run["settings"]["learning_rate"]: dev_value(run) for run in first}
 
     @property
     def best(self) -> list[dict]:
-        """The finished runs at the best rate, by seed."""
+        """Return the finished runs at the best rate, by seed."""
         if not self.rates:
             return []
         rate = best_rate(self.rates)
@@ -77,7 +77,7 @@ class Method:
 
 
 def load_sweep(folder: str) -> tuple[dict[str, Method], dict]:
-    """The methods of a sweep, in the order of its plan, and the plan; a method without a run has none.
+    """Return a sweep's methods, in the order of its plan, and the plan; a method without a run has none.
 
     Raises:
         ValueError: its runs are not all of the same rows.
@@ -94,7 +94,7 @@ def load_sweep(folder: str) -> tuple[dict[str, Method], dict]:
 
 
 def scorer(run: dict) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The run's main metric of some of its rows: (predictions, row numbers) -> value."""
+    """Return the run's main metric of some of its rows: (predictions, row numbers) -> value."""
     family, _, task = run["task"].partition("/")
     if family == "commonsense":  # a mean over tasks, however many rows they have
         tasks = np.array(run["prediction_tasks"])
@@ -120,7 +120,7 @@ def final(run: dict) -> float:
 
 
 def dev_within(run: dict, unit: str, baseline: Method) -> float | None:
-    """The dev metric after the baseline's "step"s or "seconds", those of its run of the same seed or of its mean run.
+    """Return the dev metric after the baseline's "step"s or "seconds", of its run of this seed or its mean run.
 
     Between two points of the curve in proportion; None before the first.
     """
@@ -140,7 +140,7 @@ def mean_of(values: list[float | None], digits: int = 3) -> str:
 
 
 def difference(method: Method, baseline: Method) -> str:
-    """Difference to the baseline over the seeds both have; the untrained model is the same for all of them."""
+    """Return the difference to the baseline over the seeds both have; the untrained model has one for all."""
     mine, theirs = ({run["settings"]["seed"]: run for run in m.best} for m in (method, baseline))
     if method.name == UNTRAINED and mine:
         mine = dict.fromkeys(theirs, method.best[0])
@@ -155,7 +155,7 @@ def difference(method: Method, baseline: Method) -> str:
 
 
 def row(method: Method, baseline: Method, seeds: int) -> list[str]:
-    """The cells of one method."""
+    """Return the cells of one method."""
     if not method.runs:
         return [method.name, "not run"] + [""] * (len(HEADER) - 2)
     if not method.best:
@@ -182,7 +182,7 @@ def row(method: Method, baseline: Method, seeds: int) -> list[str]:
 
 
 def table(folder: str, baseline: str) -> str:
-    """The Markdown table of a sweep."""
+    """Return the Markdown table of a sweep."""
     methods, plan = load_sweep(folder)
     if baseline not in methods:
         raise ValueError(f"baseline={baseline!r} is not in the sweep: {', '.join(methods)}.")
@@ -195,7 +195,7 @@ def table(folder: str, baseline: str) -> str:
 
 
 def summary(folders: list[str]) -> str:
-    """One Markdown table of several sweeps: a method a line, a task a column."""
+    """Return one Markdown table of several sweeps: a method a line, a task a column."""
     sweeps = [load_sweep(folder)[0] for folder in folders]
     names = list(dict.fromkeys(name for methods in sweeps for name in methods))
     runs = [next(run for method in methods.values() for run in method.best) for methods in sweeps]
@@ -234,7 +234,7 @@ def means_over_seeds(seeds: list[list[Sequence[float]]]) -> list[tuple[float, ..
 
 
 def plot_quality(methods: dict[str, Method], path: str) -> None:
-    """The metric with its error against trainable parameters and against memory."""
+    """Plot the metric with its error against trainable parameters and against memory."""
     figure, axes = panels(2)
     for method in methods.values():
         if not method.best:

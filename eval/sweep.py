@@ -83,7 +83,7 @@ def option(item: str) -> list[str]:
 
 
 def dev_value(result: dict) -> float:
-    """The dev metric at the end of a run, made so that higher is better; -inf of a run that failed."""
+    """Return the dev metric at the end of a run, made so that higher is better; -inf of a run that failed."""
     if result["status"] != FINISHED:
         return float("-inf")
     value = result["curve"][-1][result["dev_metric"]]
@@ -92,14 +92,14 @@ def dev_value(result: dict) -> float:
 
 
 def best_rate(values: dict[float, float]) -> float:
-    """The rate of the highest value; of equal ones that nearest to the middle of the grid."""
+    """Return the rate of the highest value; of equal ones that nearest to the middle of the grid."""
     rates = sorted(values)
     middle = (len(rates) - 1) / 2
     return max(rates, key=lambda rate: (values[rate], -abs(rates.index(rate) - middle)))
 
 
 def next_rate(values: dict[float, float]) -> float | None:
-    """The rate to try beyond an end of the grid that is as good as the best so far; None if there is no such end.
+    """Return the rate to try beyond an end of the grid that is as good as the best so far, or None.
 
     Where all rates are equal, as those of a classifier that always says the same, the grid grows at both ends in turn.
     """
@@ -112,7 +112,7 @@ def next_rate(values: dict[float, float]) -> float | None:
 
 
 def tune(sweep: Sweep, method: str, progress: tqdm) -> None:
-    """Grid on the first seed, extended until its best is inside, then the other seeds at the best rate.
+    """Run the grid on the first seed, extended until its best is inside, then the other seeds at the best rate.
 
     The untrained model is run once.
     """

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +20,7 @@ from eval.harness.training import Training
 
 EVAL = Path(__file__).parents[1] / "eval"
 RNG = np.random.default_rng(0)
+COLA, SST2 = (glue.Evaluation(task, dev_rows=10) for task in ("cola", "sst2"))
 
 
 def confusion(predictions, references):
@@ -110,7 +110,8 @@ def settings(folder, **fields) -> Training:
 def test_every_task_runs_and_its_record_holds_the_metrics(tmp_path, task, method):
     data = write_task(tmp_path, task, task_rows(task))
     path = tmp_path / "run.json"
-    glue.run(task, settings(tmp_path, method=method), data, {"train_rows": 40, "dev_rows": 10}, str(path))
+    evaluation = glue.Evaluation(task, train_rows=40, dev_rows=10)
+    glue.run(evaluation, settings(tmp_path, method=method), data, str(path))
     saved = json.loads(path.read_text())
     assert saved["status"] == "finished" and saved["task"] == f"glue/{task}"
     assert [saved["data"][part]["rows"] for part in ("train", "dev", "test")] == [40, 10, 60]
@@ -137,9 +138,8 @@ def test_predictions_do_not_depend_on_batches_or_order(tmp_path):
 @pytest.mark.parametrize("method", ["scalora", "full"])
 def test_a_run_that_was_interrupted_continues_as_if_it_had_not_been(tmp_path, monkeypatch, method):
     data = write_task(tmp_path, "cola", task_rows("cola"))
-    sizes = {"train_rows": None, "dev_rows": 10}
     fields = settings(tmp_path, method=method, save_steps=2, scaling_interval=2)
-    whole = glue.run("cola", fields, data, sizes, str(tmp_path / "whole.json"))
+    whole = glue.run(COLA, fields, data, str(tmp_path / "whole.json"))
     calls, score = [], glue.score
 
     def fails_once(*arguments):
@@ -151,10 +151,10 @@ def test_a_run_that_was_interrupted_continues_as_if_it_had_not_been(tmp_path, mo
     monkeypatch.setattr(glue, "score", fails_once)
     broken = tmp_path / "broken.json"
     with pytest.raises(RuntimeError, match="the power went"):
-        glue.run("cola", fields, data, sizes, str(broken))
+        glue.run(COLA, fields, data, str(broken))
     failed = json.loads(broken.read_text())
     assert failed["status"] == "failed" and "the power went" in failed["error"]
-    resumed = glue.run("cola", fields, data, sizes, str(broken))
+    resumed = glue.run(COLA, fields, data, str(broken))
     assert [loss for _, _, loss in resumed["losses"]] == [loss for _, _, loss in whole["losses"]]
     assert resumed["predictions"] == whole["predictions"]
     seconds = [s for _, s, _ in resumed["losses"]]
@@ -163,24 +163,23 @@ def test_a_run_that_was_interrupted_continues_as_if_it_had_not_been(tmp_path, mo
 
 def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(tmp_path, monkeypatch):
     data = write_task(tmp_path, "cola", task_rows("cola"))
-    sizes, path = {"train_rows": None, "dev_rows": 10}, str(tmp_path / "run.json")
-    first = glue.run("cola", settings(tmp_path), data, sizes, path)
+    path = str(tmp_path / "run.json")
+    first = glue.run(COLA, settings(tmp_path), data, path)
     monkeypatch.setattr(glue, "train", None)
-    assert glue.run("cola", settings(tmp_path), data, sizes, path) == json.loads(json.dumps(first))
-    with pytest.raises(
-        ValueError, match=r"\(learning_rate=0.01 there, 0.5 here\): choose another --output"
-    ):
-        glue.run("cola", settings(tmp_path, learning_rate=0.5), data, sizes, path)
+    assert glue.run(COLA, settings(tmp_path), data, path) == json.loads(json.dumps(first))
+    with pytest.raises(ValueError, match=r"\(learning_rate=0.01 there, 0.5 here\): choose another --output"):
+        glue.run(COLA, settings(tmp_path, learning_rate=0.5), data, path)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     data = write_task(tmp_path, "rte", task_rows("rte"))
-    command = [sys.executable, "-m", "eval.glue", "--model", settings(tmp_path).model, "--task", "rte"]
-    command += ["--data-dir", data, "--method", "lora", "--r", "2", "--steps", "2", "--dev-rows", "10"]
-    command += ["--output", str(tmp_path / "rte.json")]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    options = "--task rte --method lora --r 2 --steps 2 --dev-rows 10"
+    command = f"x {options} --model {settings(tmp_path).model} --data-dir {data} --output {tmp_path}/rte.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    glue.main()
     saved = json.loads((tmp_path / "rte.json").read_text())
     assert saved["settings"]["model"] == "model" and saved["settings"]["r"] == 2
+    assert capsys.readouterr().out.endswith(json.dumps(saved["metrics"], indent=1) + "\n")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("q")])
@@ -198,13 +197,13 @@ def test_every_method_trains_the_head_in_float32(tmp_path, method):
 def test_another_task_and_other_rows_are_another_run(tmp_path):
     data = write_task(tmp_path, "cola", task_rows("cola"))
     write_task(tmp_path, "sst2", task_rows("sst2"))
-    sizes, path = {"train_rows": None, "dev_rows": 10}, str(tmp_path / "run.json")
-    glue.run("cola", settings(tmp_path), data, sizes, path)
+    path = str(tmp_path / "run.json")
+    glue.run(COLA, settings(tmp_path), data, path)
     with pytest.raises(ValueError, match=r"other settings \(data, task='glue/cola' there, 'glue/sst2' here\)"):
-        glue.run("sst2", settings(tmp_path), data, sizes, path)
+        glue.run(SST2, settings(tmp_path), data, path)
     flipped = [row | {"label": 1 - row["label"]} for row in task_rows("cola")]
     with pytest.raises(ValueError, match=r"other settings \(data\)"):
-        glue.run("cola", settings(tmp_path), write_task(tmp_path / "flipped", "cola", flipped), sizes, path)
+        glue.run(COLA, settings(tmp_path), write_task(tmp_path / "flipped", "cola", flipped), path)
 
 
 def test_unknown_tasks_are_named(tmp_path):

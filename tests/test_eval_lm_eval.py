@@ -161,6 +161,7 @@ def lm_eval_in_process(folder, **model):
     return [value for sample in samples for value, _ in sample["filtered_resps"]]
 
 
+@pytest.mark.slow
 def test_adapters_are_loaded_by_lm_evals_command(adapter, monkeypatch):
     """As the merged model, and unlike the base; the folder exported as LoRA needs no command of ours."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(adapter / "cache"))

@@ -40,7 +40,7 @@ WITHOUT_ADAPTER = ("full", "galore", "relora", "mora", "pissa", "lora-ga")
 
 
 def prepare(model: torch.nn.Module, settings, batches: Sequence[dict]) -> Prepared:
-    """`model` made ready to be trained by `settings.method`; `batches` are a few of its data, for data-driven inits.
+    """Return `model` ready to be trained by `settings.method`; `batches` of its data are for data-driven inits.
 
     Raises:
         ValueError: the method does not fit the model.

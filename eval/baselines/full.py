@@ -12,13 +12,13 @@ SCALE, SHORTEST_GAP, LONGEST_GAP = 4, 50, 200
 
 
 def full(model, settings, batches) -> Prepared:
-    """All weights in float32: steps of a usual size would be rounded away in bfloat16, which autocast computes in."""
+    """Train all weights in float32: usual steps would be rounded away in bfloat16, which autocast computes in."""
     refuse_quantized(model, settings, "all of its weights are trained")
     return Prepared(model.float(), arguments={"bf16": settings.dtype == "bfloat16"})
 
 
 def galore(model, settings, batches) -> Prepared:
-    """GaLore (arXiv 2403.03507): the gradients of the target layers are projected to rank r, others are whole.
+    """Train all weights by GaLore (arXiv 2403.03507): the gradients of the target layers are projected to rank r.
 
     Raises:
         ImportError: galore-torch is missing; names the extra.

@@ -27,13 +27,13 @@ HEADS = ("classifier", "score")  # of a classifier, as in PEFT
 
 
 def blocks(x: Tensor, size: int) -> Tensor:
-    """x (..., n) -> (..., ⌈n / size⌉, size), filled up with the beginning of x."""
+    """Return x (..., n) as (..., ⌈n / size⌉, size), filled up with the beginning of x."""
     padding = -x.shape[-1] % size
     return torch.cat([x, x[..., :padding]], dim=-1).unflatten(-1, (-1, size))
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Block j of x (..., blocks, size) rotated by RoPE's angles j θ_i, θ_i = 10000^(-2i / size)."""
+    """Rotate block j of x (..., blocks, size) by RoPE's angles j θ_i, θ_i = 10000^(-2i / size)."""
     count, size = x.shape[-2:]
     frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device=x.device) / size)
     angles = torch.outer(torch.arange(count, dtype=torch.float64, device=x.device), frequencies)
@@ -43,17 +43,17 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def to_length(y: Tensor, length: int) -> Tensor:
-    """y (..., k) repeated and cut off to (..., length)."""
+    """Repeat y (..., k), and cut it off to (..., length)."""
     return y.repeat(*[1] * (y.dim() - 1), -(-length // y.shape[-1]))[..., :length]
 
 
 def rotation(x: Tensor, M: Tensor, out_features: int) -> Tensor:
-    """ΔW x by Eq. 9."""
+    """Return ΔW x by Eq. 9."""
     return to_length(F.linear(rotated(blocks(x, M.shape[0])), M).flatten(-2), out_features)
 
 
 def sharing(x: Tensor, M: Tensor, out_features: int) -> Tensor:
-    """ΔW x by Eq. 6."""
+    """Return ΔW x by Eq. 6."""
     return to_length(F.linear(blocks(x, M.shape[0]).sum(-2), M), out_features)
 
 
@@ -81,13 +81,13 @@ class MoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW (m x n): the change of every unit vector."""
+        """Return ΔW (m x n): the change of every unit vector."""
         unit = torch.eye(self.base_layer.in_features, dtype=self.mora_M.dtype, device=self.mora_M.device)
         return self.change(unit, self.mora_M, self.base_layer.out_features).T
 
 
 def effective_rank(model: nn.Module, tol: float = 0.01) -> dict[str, int]:
-    """Number of singular values of each layer's change above `tol` times the largest."""
+    """Return how many singular values of each layer's change are above `tol` times the largest."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoRALinear)}
     return {name: int(_rank(layer.delta_weight(), tol)) for name, layer in layers.items()}
 
@@ -98,7 +98,7 @@ def _rank(weight: Tensor, tol: float) -> Tensor:
 
 
 def mora(model, settings, batches) -> Prepared:
-    """The base frozen, the targets wrapped; a classifier's head is trained, as PEFT does."""
+    """Freeze the base and wrap the targets; a classifier's head is trained, as PEFT does."""
     refuse_quantized(model, settings, "there is no variant of it for one")
     layers = target_layers(model, settings)
     model.requires_grad_(False)

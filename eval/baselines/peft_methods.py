@@ -38,7 +38,7 @@ def lora(model, settings, batches, **options) -> Prepared:
 
 
 def lora_4r(model, settings, batches) -> Prepared:
-    """LoRA of rank 4r with the same alpha / r."""
+    """Prepare LoRA of rank 4r with the same alpha / r."""
     return lora(model, replace(settings, r=4 * settings.r, lora_alpha=4 * settings.alpha), batches)
 
 
@@ -51,13 +51,13 @@ def dora(model, settings, batches) -> Prepared:
 
 
 def pissa(model, settings, batches) -> Prepared:
-    """PiSSA (arXiv 2404.02948), by the fast SVD of 16 iterations."""
+    """Prepare PiSSA (arXiv 2404.02948), by the fast SVD of 16 iterations."""
     refuse_quantized(model, settings, "its initialisation changes the weights")
     return replace(lora(model, settings, batches, init_lora_weights="pissa_niter_16"), effective_rank=None)
 
 
 def lora_ga(model, settings, batches) -> Prepared:
-    """Initialised by the gradient of `batches` (arXiv 2407.05000): PEFT's singular directions, the paper's scale."""
+    """Prepare LoRA-GA (arXiv 2407.05000), by the gradient of `batches`: PEFT's directions, the paper's scale."""
     refuse_quantized(model, settings, "its initialisation changes the weights")
     targets = list(target_layers(model, settings))  # the gradients are taken before PEFT resolves "all-linear"
     options = {"target_modules": targets, "init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
@@ -77,7 +77,7 @@ def lora_ga(model, settings, batches) -> Prepared:
 
 @torch.no_grad()
 def _rescale_lora_ga(layer: LoraLayer, gamma: float) -> None:
-    """Columns of B and rows of A of norm m^(1/4) / sqrt(γ) (arXiv 2407.05000, Section 3.3), m the layer's outputs.
+    """Give B's columns and A's rows the norm m^(1/4) / sqrt(γ) (arXiv 2407.05000, Section 3.3), m outputs.
 
     PEFT multiplies B by the gradient's singular values too, and leaves A at norm 1: in a small model B is then nearly
     0, and depends on the scale of the loss.
@@ -91,7 +91,7 @@ def _rescale_lora_ga(layer: LoraLayer, gamma: float) -> None:
 
 
 def eva(model, settings, batches) -> Prepared:
-    """Initialised by the activations of `batches` (arXiv 2410.07170), ranks redistributed between layers (rho = 2).
+    """Prepare EVA (arXiv 2410.07170), by the activations of `batches`; ranks are redistributed (rho = 2).
 
     Raises:
         ValueError: no batch has as many inputs of a layer as PEFT takes components of them, and so would wait for ever.
@@ -120,7 +120,7 @@ def eva(model, settings, batches) -> Prepared:
 
 
 def _layer_inputs(layer_input, positions: torch.Tensor, name: str) -> torch.Tensor:
-    """PEFT's choice of the positions that are no padding, but all rows of what a classifier has pooled."""
+    """Return PEFT's choice of the positions that are no padding, but all rows of what a classifier has pooled."""
     if layer_input[0].dim() == 2:
         return layer_input[0].contiguous()  # PEFT takes a view of it
     return prepare_layer_inputs_fn_language_modeling(layer_input, positions, name)
@@ -136,17 +136,17 @@ def hira(model, settings, batches) -> Prepared:
 
 
 def lora_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:
-    """Number of them in layers of these shapes."""
+    """Return the number of LoRA's parameters in layers of these shapes."""
     return sum(r * (m + n) for m, n in shapes)
 
 
 def randlora_parameters(shapes: Iterable[tuple[int, int]], basis_rank: int) -> int:
-    """Number of them: of each of ⌈min / b⌉ bases, b scales for one side and min(m, n) for the other."""
+    """Return RandLoRA's: each of ⌈min / b⌉ bases has b scales for one side and min(m, n) for the other."""
     return sum(-(-min(shape) // basis_rank) * (basis_rank + min(shape)) for shape in shapes)
 
 
 def randlora(model, settings, batches) -> Prepared:
-    """RandLoRA (arXiv 2502.00987), its bases of the rank that brings it closest to LoRA's number of parameters."""
+    """Prepare RandLoRA (arXiv 2502.00987), its bases of the rank that is closest to LoRA's number of parameters."""
     shapes = [tuple(layer.weight.shape) for layer in target_layers(model, settings).values()]
     budget = lora_parameters(shapes, settings.r)
     ranks = range(1, min(map(min, shapes)) + 1)
@@ -156,7 +156,7 @@ def randlora(model, settings, batches) -> Prepared:
 
 
 def fourierft(model, settings, batches) -> Prepared:
-    """FourierFT (arXiv 2405.03003), with as many frequencies in every layer as LoRA has parameters on average.
+    """Prepare FourierFT (arXiv 2405.03003), with as many frequencies a layer as LoRA has parameters on average.
 
     Coefficients start at zero: with so many of them, the paper's N(0, 1) would be as large as a small model's weights.
     """
@@ -189,7 +189,8 @@ def scalora(model, settings, batches) -> Prepared:
 
 
 def _with_quantized_base(model, settings) -> nn.Module:
-    """
+    """Make a base in 4 bit ready to be trained on.
+
     Raises:
         ValueError: the base is not in 4 bit.
     """
@@ -204,7 +205,7 @@ def _with_quantized_base(model, settings) -> nn.Module:
 
 
 def _on_quantized(method: Callable, model, settings, batches) -> Prepared:
-    """With autocast to the type that is asked for, as PEFT has made norms and embeddings float32."""
+    """Prepare `method` on a quantized base, with autocast: PEFT has made norms and embeddings float32."""
     prepared = method(_with_quantized_base(model, settings), settings, batches)
     return replace(prepared, arguments={"bf16": settings.dtype == "bfloat16"})
 

@@ -28,12 +28,12 @@ MERGED_NAME = "relora_merged.safetensors"
 
 
 def jagged(step: int, period: int, warmup_steps: int) -> float:
-    """Factor of the learning rate: constant, after a linear warm-up at the start of every cycle."""
+    """Return the factor of the learning rate: constant, after a linear warm-up at the start of every cycle."""
     return min(1.0, step % period / max(1, warmup_steps)) if warmup_steps else 1.0
 
 
 def pruned(moment: Tensor, part: float = PRUNED) -> Tensor:
-    """`moment` with this part of it, the smallest in magnitude, set to zero."""
+    """Return `moment` with this part of it, the smallest in magnitude, set to zero."""
     magnitude = moment.abs()
     threshold = magnitude.flatten().float().kthvalue(max(1, int(part * moment.numel())))[0]
     return torch.where(magnitude > threshold, moment, 0)
@@ -91,7 +91,7 @@ class ReLoRACallback(TrainerCallback):
                         state[moment].copy_(pruned(state[moment]))
 
     def effective_rank(self, model: nn.Module, tol: float = 0.01) -> dict[str, int]:
-        """Rank of all merged changes and the present one together, per layer."""
+        """Return the rank of all merged changes and the present one together, per layer."""
         ranks = {}
         for name, layer in self.layers.items():
             P, Q = zip(*(merged[name] for merged in self.merged), change_factors(layer, "default"))
@@ -127,7 +127,7 @@ class ReLoRACallback(TrainerCallback):
 
 
 def relora(model, settings, batches) -> Prepared:
-    """LoRA with three restarts, at equal distances; each warms up as long as the start does.
+    """Prepare LoRA with three restarts, at equal distances; each warms up as long as the start does.
 
     Raises:
         ValueError: the base is quantized, or a cycle has no step at the whole learning rate.

@@ -29,23 +29,23 @@ class Prepared:
 
 
 def task_type(model: nn.Module) -> TaskType:
-    """PEFT's name of what the model is for; of a classifier the head is trained by every method."""
+    """Return PEFT's name of what the model is for; of a classifier the head is trained by every method."""
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     return TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM
 
 
 def common_fields(model: nn.Module, settings) -> dict:
-    """The fields that every PEFT method has."""
+    """Return the fields that every PEFT method has."""
     return {"target_modules": settings.target_modules, "task_type": task_type(model)}
 
 
 def shared_fields(model: nn.Module, settings) -> dict:
-    """The fields that LoRA and its relatives have in common."""
+    """Return the fields that LoRA and its relatives have in common."""
     return {"r": settings.r, "lora_alpha": settings.alpha, **common_fields(model, settings)}
 
 
 def target_layers(model: nn.Module, settings) -> dict[str, nn.Linear]:
-    """The layers that PEFT adapts with these `target_modules`, by name, for methods that need them beforehand.
+    """Return the layers that PEFT adapts with these `target_modules`, by name.
 
     PEFT itself finds them, in a copy of the model without weights.
 
@@ -69,9 +69,10 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def refuse_quantized(model: nn.Module, settings, reason: str) -> None:
-    """
+    """Refuse a base that is quantized.
+
     Raises:
-        ValueError: the base is quantized.
+        ValueError: names the method and the reason.
     """
     if is_quantized(model):
         raise ValueError(f"method={settings.method!r} needs a base that is not quantized: {reason}.")

@@ -7,7 +7,7 @@ TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 
 
 def scores(task: str, predictions, references) -> dict[str, float]:
-    """What GLUE reports for `task`: cola matthews; stsb pearson, spearman; mrpc, qqp accuracy, f1; else accuracy."""
+    """Return GLUE's metrics: cola matthews; stsb pearson, spearman; mrpc, qqp accuracy, f1; else accuracy."""
     if task == "cola":
         return {"matthews": float(matthews_corrcoef(references, predictions))}
     if task == "stsb":

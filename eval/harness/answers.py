@@ -25,13 +25,13 @@ ANYTHING = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig(
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """The number after the first `#### `, without commas, as the data set's authors read it; None if there is none."""
+    """Return the number after the first `#### `, without commas, as the data set's authors read it, or None."""
     match = GSM8K_ANSWER.search(text)
     return match and match[1].strip().replace(",", "")
 
 
 def last_number(text: str) -> str | None:
-    """The last number, without commas and currency; a minus counts unless it follows a term, as in `7-3`."""
+    """Return the last number, without commas and currency; a minus counts unless it follows a term, as in `7-3`."""
     matches = list(NUMBER.finditer(text))
     if not matches:
         return None
@@ -39,7 +39,7 @@ def last_number(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` that is closed; None if there is none.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}` that is closed; None if there is none.
 
     Braces may nest, escaped ones are text. `\boxed 9$`, as MATH has it twice, is read up to the dollar.
     """
@@ -55,7 +55,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def same_number(reference: str, answer: str | None) -> bool:
-    """Whether both are decimal numbers, and equal; "1.2.3" is none."""
+    """Return whether both are decimal numbers, and equal; "1.2.3" is none."""
     try:
         return answer is not None and Decimal(reference) == Decimal(answer)
     except InvalidOperation:
@@ -74,13 +74,13 @@ class MathVerify:
     errors: Counter = field(default_factory=Counter)
 
     def same_answer(self, reference: str, answer: str | None) -> bool:
-        """Whether two contents of boxes are the same letters, spaces apart, or mathematically equal."""
+        """Return whether two contents of boxes are the same letters, spaces apart, or mathematically equal."""
         if answer is None:
             return False
         return _letters(reference) == _letters(answer) or self.agrees(reference, rf"\boxed{{{answer}}}", BOXED)
 
     def agrees(self, reference: str, text: str, kinds=ANYTHING) -> bool:
-        """Whether what math-verify takes for the answer of a text is equal to the content of a box."""
+        """Return whether what math-verify takes for the answer of a text is equal to the content of a box."""
         references = self._parse(rf"\boxed{{{reference}}}", BOXED)
         found = self._parse(text, kinds)
         return any(self._equal(a, b) for a in references for b in found)

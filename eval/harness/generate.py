@@ -38,7 +38,7 @@ def generate(
     stop: tuple[str, ...] = (),
     folder: str | None = None,
 ) -> list[str]:
-    """The most likely continuation, token by token, of every prompt: the text after it, up to EOS or a `stop` string.
+    """Return the most likely continuation of every prompt, token by token, up to EOS or a `stop` string.
 
     Every process has to call it with the same prompts. With a `folder`, texts are written there batch by batch, and
     those of an interrupted call with the same model and arguments are read from there.
@@ -112,7 +112,7 @@ def _write(folder: str, texts: dict[str, str]) -> None:
 
 
 def _read(folder: str) -> dict[str, str]:
-    """What every process wrote."""
+    """Return the texts that all processes wrote."""
     known = {}
     for path in glob(os.path.join(escape(folder), "generated-*.json")):
         with open(path, encoding="utf-8") as file:

@@ -14,7 +14,7 @@ Pair = tuple[list[int], list[int]]  # token ids of a context and of its continua
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> Pair:
-    """Token ids of a context and of what continues it; spaces at the context's end count to the continuation.
+    """Return the token ids of a context and of what continues it; spaces at the context's end go to the latter.
 
     The whole is encoded and cut after as many tokens as the context alone has: tokenizers do not encode piece by piece.
     Source: lm-evaluation-harness 0.4.13, `LM._encode_pair`.
@@ -31,7 +31,7 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Pair:
 
 
 def log_probability(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    """log P of the tokens, each under its row of logits, summed; in float32, or float64 where the logits are."""
+    """Return log P of the tokens, each under its row of logits, summed; in float32 or better."""
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     return (logits_TV.gather(1, tokens_T[:, None])[:, 0] - logits_TV.logsumexp(1)).sum()
 
@@ -40,7 +40,7 @@ def log_probability(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
 def log_likelihoods(
     model: torch.nn.Module, pairs: Sequence[Pair], batch_size: int, description: str = "scoring"
 ) -> list[float]:
-    """log P(continuation | context) in nats for every pair, in the order of the pairs.
+    """Return log P(continuation | context) in nats for every pair, in the order of the pairs.
 
     Pairs that differ in their last token alone share one forward pass. Batches are padded on the right, where a causal
     model sees nothing of it. The model has to be in evaluation mode.
@@ -72,7 +72,7 @@ def log_likelihoods(
 
 
 def _logits(model: torch.nn.Module, batch: list[tuple[int, ...]], first: int) -> Tensor:
-    """Logits (B x T x V) of the positions from `first` on; those of the padding mean nothing."""
+    """Return logits (B x T x V) of the positions from `first` on; those of the padding mean nothing."""
     device = next(model.parameters()).device
     ids_BT = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
@@ -100,10 +100,10 @@ def check_length(model: torch.nn.Module, longest: int) -> None:
 
 
 def chosen(log_likelihoods: Sequence[float]) -> int:
-    """The most probable choice, the first of equals (lm-eval's acc)."""
+    """Return the most probable choice, the first of equals (lm-eval's acc)."""
     return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
 
 
 def chosen_by_length(log_likelihoods: Sequence[float], choices: Sequence[str]) -> int:
-    """The choice that is most probable a character (lm-eval's acc_norm)."""
+    """Return the choice that is most probable a character (lm-eval's acc_norm)."""
     return chosen([value / len(choice) for value, choice in zip(log_likelihoods, choices, strict=True)])

@@ -15,7 +15,7 @@ from .ranks import over_ranks
 def answer_loss(
     model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], batch_size: int = 16, description: str = "loss"
 ) -> list[float]:
-    """Mean loss, in nats, of the answer's tokens of every row, as `prompts.with_labels` makes them.
+    """Return every row's mean loss of the answer's tokens, in nats; rows as `prompts.with_labels` makes them.
 
     Every process has to call it with the same rows.
     """

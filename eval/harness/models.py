@@ -13,7 +13,7 @@ NOT_QUANTIZED = ["lm_head", "classifier", "score"]  # heads, of which a classifi
 
 
 def quantization_config(method: str, dtype: str) -> BitsAndBytesConfig | None:
-    """For `from_pretrained`: NF4 with double quantization (arXiv 2305.14314) for the methods on a 4-bit base.
+    """Return NF4 with double quantization (arXiv 2305.14314) for the methods on a 4-bit base, else None.
 
     `dtype` is the name of the type that the weights are computed in.
     """
@@ -29,7 +29,7 @@ def quantization_config(method: str, dtype: str) -> BitsAndBytesConfig | None:
 
 
 def load_causal_lm(settings: Training):
-    """Tokenizer and causal language model, in 4 bit for the methods that want it."""
+    """Return tokenizer and causal language model, in 4 bit for the methods that want it."""
     model = AutoModelForCausalLM.from_pretrained(
         settings.model,
         dtype=DTYPES[settings.dtype],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,12 +12,13 @@ import torch
 from eval.baselines import WITHOUT_ADAPTER
 from peft_scalora.files.atomic import new_folder
 
+from .options import Place, parse
 from .record import finished, is_main_process, recorded
-from .training import UNTRAINED
+from .training import UNTRAINED, Training
 
 
 def adapter_folder(output: str) -> str:
-    """Where the adapter of the run with this JSON is kept: for lm-eval, `peft-scalora export` and serving."""
+    """Return where the run's adapter is kept: for lm-eval, `peft-scalora export` and serving."""
     return f"{output}.adapter"
 
 
@@ -28,7 +30,7 @@ def run_once(
     make: Callable[[dict], torch.nn.Module],
     keep_adapter: bool = False,
 ) -> dict:
-    """The finished run at `output`, or the one that `make` makes: it fills the result, and returns the trained model.
+    """Return the finished run at `output`, or the one that `make` makes: it fills the result and returns the model.
 
     Raises:
         ValueError: the run at `output` is another one, or its adapter is wanted and was not kept or there is none.
@@ -48,6 +50,21 @@ def run_once(
         if keep_adapter:
             _save_adapter(model, output, result)
     return result
+
+
+def run_command(description: str, kind: type, run: Callable[..., dict], **defaults) -> None:
+    """Read a script's command line, run it, and print its metrics.
+
+    Args:
+        description: of the script.
+        kind: the dataclass of what is evaluated.
+        run: makes the run of (evaluation, training, data folder, the run's JSON, whether the adapter is kept).
+        defaults: defaults of options that are not those of their fields.
+    """
+    evaluation, settings, place = parse(description, (kind, Training, Place), **defaults)
+    result = run(evaluation, settings, place.data_dir, place.output, place.save_adapter)
+    if is_main_process():
+        print(json.dumps(result["metrics"], indent=1))
 
 
 def _save_adapter(model, output: str, result: dict) -> None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 
 def this_process() -> PartialState:
-    """This process among those of `accelerate launch`, in contact with them and with its own device chosen.
+    """Return this process among those of `accelerate launch`, in contact with them, its own device chosen.
 
     To be called before a model is loaded: weights in 4 bit go to the present device, which is the first GPU otherwise.
     """
@@ -19,7 +19,7 @@ def this_process() -> PartialState:
 
 
 def over_ranks(function: Callable[[Sequence], list], items: Sequence) -> list:
-    """`function(items)`, a list with one result an item, where every process computes its share; all get all.
+    """Return `function(items)`, one result an item, where every process computes its share; all get all.
 
     Results are in the order of the items. Every process has to call it, with the same items.
     """

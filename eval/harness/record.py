@@ -27,7 +27,7 @@ FINISHED, FAILED = "finished", "failed"
 
 
 def environment() -> dict:
-    """Versions, machine and number of processes."""
+    """Return versions, machine and number of processes."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -46,7 +46,7 @@ def _version(name: str) -> str | None:
 
 
 def clock() -> float:
-    """Seconds: of this process's CPU time where it computes on the CPU, which others on the machine do not disturb."""
+    """Return seconds: of this process's CPU time where it computes on the CPU, which others do not disturb."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -54,7 +54,7 @@ def clock() -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most that was allocated on the GPU, or the largest resident size of this process without one."""
+    """Return the most that was allocated on the GPU, or the process's largest resident size without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -144,18 +144,18 @@ def kept(path: str, settings: dict, make: Callable[[], dict]) -> dict:
 
 
 def short_hash(value) -> str:
-    """16 hex digits that tell one JSON value from another."""
+    """Return 16 hex digits that tell one JSON value from another."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def to_json(result: dict) -> str:
-    """One field a line: long lists stay on theirs."""
+    """Write one field a line: long lists stay on theirs."""
     fields = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def checkpoints(path: str) -> str:
-    """The folder of an unfinished run: Trainer's checkpoints, and what is scored already."""
+    """Return the folder of an unfinished run: Trainer's checkpoints, and what is scored already."""
     return f"{path}.checkpoints"
 
 

@@ -69,12 +69,12 @@ class Rows(Sequence):
         return len(self.rows)
 
     def part(self, start: int, stop: int | None = None) -> Rows:
-        """Rows start to stop; `record` tells the number."""
+        """Return rows start to stop; `record` tells the number."""
         return Rows(self.rows[start:stop], self.source)
 
     @property
     def record(self) -> dict:
-        """Source, number and hash of the rows, in this order, however they were compressed."""
+        """Return source, number and hash of the rows, in this order, however they were compressed."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
@@ -82,7 +82,7 @@ class Rows(Sequence):
 
 
 def load(source: Source, data_dir: str | None, fields: Mapping[str, Field]) -> Rows:
-    """All rows of `source`, from `data_dir` if given, else from the hub; every row has every field.
+    """Return all rows of `source`, from `data_dir` if given, else from the hub; every row has every field.
 
     Raises:
         DataError: names file, row and field.
@@ -135,7 +135,7 @@ def _checked(rows: Iterator[dict], source: str, fields: Mapping[str, Field]) -> 
 
 
 def split_dev(rows: Rows, dev_rows: int, train_rows: int | None = None) -> tuple[Rows, Rows]:
-    """Training rows and `dev_rows` rows taken out of them, the same ones for every run: choices are made on these.
+    """Return training rows, and `dev_rows` rows taken out of them to choose by, the same ones for every run.
 
     `train_rows` of the rest are kept, all of them unless given.
 

@@ -11,7 +11,7 @@ from scipy.stats import bootstrap, ttest_rel
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; None for the error of a single value."""
+    """Return the mean and its standard error; None for the error of a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
 
@@ -32,7 +32,7 @@ def median_and_range(values: Sequence[float], form: str) -> str:
 
 
 def paired_seeds(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of second - first over the same seeds, and the p-value of the paired t-test (None below two seeds)."""
+    """Return the mean of second - first over the same seeds, and the paired t-test's p (None below two seeds)."""
     difference = statistics.fmean(b - a for a, b in zip(first, second, strict=True))
     if len(first) < 2 or len({b - a for a, b in zip(first, second)}) == 1:
         return difference, None
@@ -42,7 +42,7 @@ def paired_seeds(first: Sequence[float], second: Sequence[float]) -> tuple[float
 def paired_rows(
     first: np.ndarray, second: np.ndarray, metric: Callable[[np.ndarray, np.ndarray], float], resamples: int = 500
 ) -> tuple[float, float]:
-    """95% percentile interval of the metric's difference, second - first, when rows are drawn anew.
+    """Return the 95% percentile interval of the metric's difference, second - first, when rows are drawn anew.
 
     Args:
         first, second: predictions, seeds x rows, of the same seeds and rows.

@@ -238,13 +238,13 @@ def _in_eval_mode(function: Callable, model: torch.nn.Module):
 
 
 def _first_batches(rows: Dataset, collator: Callable, batch_size: int, count: int = 64) -> list[dict]:
-    """The first `count` rows, for initialisations by data."""
+    """Return the first `count` rows in batches, for initialisations by data."""
     first = [rows[i] for i in range(min(len(rows), count))]
     return [collator(first[start : start + batch_size]) for start in range(0, len(first), batch_size)]
 
 
 def _mean_rank(prepared: Prepared) -> float | None:
-    """Mean rank of the weight change, for the methods that know it."""
+    """Return the mean rank of the weight change, for the methods that know it."""
     if prepared.effective_rank is None:
         return None
     ranks = prepared.effective_rank(prepared.model)
@@ -252,7 +252,7 @@ def _mean_rank(prepared: Prepared) -> float | None:
 
 
 def _points(log: list[dict]) -> dict:
-    """Loss of every step, and the evaluations, each with the seconds of training until then."""
+    """Return the loss of every step, and the evaluations, each with the seconds of training until then."""
     losses = [(e["step"], round(e["seconds"], 3), e["loss"]) for e in log if "loss" in e]
     curve = [
         {
@@ -267,7 +267,7 @@ def _points(log: list[dict]) -> dict:
 
 
 def settings_of(settings: TrainingOptions, **others) -> dict:
-    """What goes into the run's JSON: of a model's folder its name alone, of a hub id all of it."""
+    """Return what goes into the run's JSON: of a model's folder its name alone, of a hub id all of it."""
     is_folder = os.path.isdir(settings.model)
     name = os.path.basename(settings.model.rstrip(os.sep)) if is_folder else settings.model
     return asdict(settings) | others | {"model": name}

@@ -29,7 +29,7 @@ COLUMNS = ("accuracy", "lm_eval_accuracy", "accuracy_by_length", "lm_eval_accura
 
 
 def our_scores(model, tokenizer, rows: Rows) -> list[dict]:
-    """Log-likelihoods of every row's choices, and whether the chosen one is right."""
+    """Return log-likelihoods of every row's choices, and whether the chosen one is right."""
     texts = [[OUTPUT + choice for choice in choices(row)] for row in rows]
     pairs = [encode_pair(tokenizer, prompt(row), c) for row, found in zip(rows, texts, strict=True) for c in found]
     values = iter(log_likelihoods(model, pairs, BATCH_SIZE))
@@ -47,7 +47,7 @@ def our_scores(model, tokenizer, rows: Rows) -> list[dict]:
 
 
 def lm_eval_scores(model, tokenizer, tasks: list[str], data_dir: str, rows: int) -> dict[str, list[dict]]:
-    """The same by lm-eval, which reads the files and writes the prompts itself."""
+    """Return the scores of lm-eval, which reads the files and writes the prompts itself."""
     with tempfile.TemporaryDirectory() as folder:
         names = write_tasks(folder, data_dir, tasks)
         found = simple_evaluate(
@@ -73,7 +73,7 @@ def lm_eval_scores(model, tokenizer, tasks: list[str], data_dir: str, rows: int)
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> dict:
-    """Accuracies of both, rows that they judge differently, and how far their log-likelihoods are apart."""
+    """Return accuracies of both, rows that they judge differently, and how far their log-likelihoods are apart."""
     pairs = list(zip(ours, theirs, strict=True))
     apart = [
         abs(a - b)

@@ -25,7 +25,7 @@ def task_name(task: str) -> str:
 
 
 def task_config(task: str, path: str) -> dict:
-    """A task in lm-eval's terms, of a JSONL file's rows: it writes prompts and choices itself, from the template."""
+    """Return a task in lm-eval's terms, of a JSONL file's rows: it writes prompts and choices by the template."""
     return {
         "task": task_name(task),
         "tag": GROUP,
@@ -45,7 +45,7 @@ def task_config(task: str, path: str) -> dict:
 
 
 def write_tasks(folder: str, data_dir: str, tasks: Sequence[str] = tuple(TASKS)) -> list[str]:
-    """One YAML file a task in `folder`; returns the tasks' names."""
+    """Write one YAML file a task to `folder`, and return the tasks' names."""
     os.makedirs(folder, exist_ok=True)
     for task in tasks:
         path = os.path.abspath(os.path.join(data_dir, "commonsense", task, "test.jsonl.gz"))

@@ -65,7 +65,7 @@ class Context:
     earlier_seconds: float = 0.0
 
     def base(self, row: Row) -> nn.Module:
-        """The model that `row` starts from, in evaluation mode."""
+        """Return the model that `row` starts from, in evaluation mode."""
         if row.after is None:
             set_seed(self.training.seed)  # of a head that is drawn
             return self.task.fresh(DTYPES[self.training.dtype]).eval()
@@ -79,7 +79,7 @@ class Context:
         checkpoints: str = "checkpoints",
         **changes,
     ) -> nn.Module:
-        """`model` trained on the task by "full", "lora" or "scalora"; for adapters, the model with the adapter.
+        """Train `model` on the task by "full", "lora" or "scalora"; for adapters, return the model with the adapter.
 
         A classifier's head is float32 then. `checkpoints` is a folder in `scratch`, from which an interrupted training
         goes on; `changes` are to fields of `training`.
@@ -104,7 +104,7 @@ class Context:
         return model.eval()
 
     def recover(self, model: nn.Module, method: str = "scalora") -> nn.Module:
-        """`model` after ScaLoRA fine-tuning, merged: as large as before, and the head in the type of the others."""
+        """Return `model` after ScaLoRA, merged: as large as before, and the head in the type of the others."""
         model = self.fine_tune(model, method).merge_and_unload()
         return glue.head_in(model.dtype, model).eval()
 
@@ -114,7 +114,7 @@ def save(model: PreTrainedModel, folder: str) -> None:
 
 
 def load(folder: str, **options) -> PreTrainedModel:
-    """The model that `save` wrote, of the class and dtype that it had; `options` go to from_pretrained.
+    """Return the model that `save` wrote, of the class and dtype that it had; `options` go to from_pretrained.
 
     Raises:
         ValueError: options for a model that transformers cannot load by itself.
@@ -129,7 +129,7 @@ def load(folder: str, **options) -> PreTrainedModel:
 
 
 def on_device(model: nn.Module) -> nn.Module:
-    """`model` where it is scored and measured: on the GPU, if there is one."""
+    """Return `model` where it is scored and measured: on the GPU, if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model if model.device.type == device else model.to(device)
 
@@ -143,12 +143,12 @@ def load_adapter(folder: str, base: PreTrainedModel) -> PeftModel:
 
 
 def bytes_on_disk(folder: str) -> int:
-    """Of all weights below the folder."""
+    """Return the bytes of all weights below the folder."""
     return sum(os.path.getsize(path) for path in glob.glob(f"{folder}/**/*.safetensors", recursive=True))
 
 
 def count(model: nn.Module) -> dict[str, int]:
-    """Parameters and non-zero ones; of a quantized weight, its values. Weights that are shared count once."""
+    """Count parameters and non-zero ones; of a quantized weight, its values. Shared weights count once."""
     parameters = nonzeros = 0
     seen = set()
     for module in model.modules():
@@ -182,6 +182,6 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def heads(model: PreTrainedModel) -> list[str]:
-    """Linear layers that give the model's result: they stay as precise as they are."""
+    """Return the linear layers that give the model's result: they stay as precise as they are."""
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if module is output or name.split(".")[-1] in HEADS]

@@ -65,7 +65,7 @@ class DistillationTrainer(Trainer):
 
 
 def learned(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logits (prediction, class) that labels are for: all rows of a classifier, the answer tokens of a LM."""
+    """Return the logits (prediction, class) that have labels: a classifier's rows, the answer tokens of a LM."""
     return logits if logits.dim() == 2 else logits[:, :-1][labels[:, 1:] != -100]
 
 
@@ -77,7 +77,7 @@ def distillation_loss(
     teacher_states: Sequence[Tensor],
     attention_mask: Tensor,
 ) -> Tensor:
-    """(1 - a) hard + a T² KL(teacher_T ‖ student_T) + b mean_l ‖S_l - H_l‖² / ‖H_l‖².
+    """Return (1 - a) hard + a T² KL(teacher_T ‖ student_T) + b mean_l ‖S_l - H_l‖² / ‖H_l‖².
 
     The soft part is Hinton et al. (arXiv 1503.02531, section 2), the hidden part that of TinyBERT (arXiv 1909.10351,
     eq. 8), relative to the teacher's states, whose size differs from layer to layer. a = SOFT, b = HIDDEN,

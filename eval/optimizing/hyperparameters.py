@@ -34,7 +34,7 @@ def build(row: Row, context: Context, folder: str) -> nn.Module:
 
 
 def search(row: Row, context: Context):
-    """The optuna study with `context.search_trials` complete trials, in an SQLite file of its own.
+    """Return the optuna study with `context.search_trials` complete trials, in an SQLite file of its own.
 
     A trial's sampler is seeded by the number of those before it, so that an interrupted study goes on as it would have.
     """
@@ -53,7 +53,7 @@ def search(row: Row, context: Context):
 
 
 def objective(row: Row, context: Context, trial, number: int) -> float:
-    """The task's metric on the dev rows after full fine-tuning with the settings of `trial`."""
+    """Return the task's metric on the dev rows after full fine-tuning with the settings of `trial`."""
     started, before, checkpoints = clock(), context.earlier_seconds, f"trial-{number}"
     model = context.fine_tune(context.base(row), "full", checkpoints=checkpoints, **changes(context, trial))
     score = context.task.score(model, "dev")
@@ -63,7 +63,7 @@ def objective(row: Row, context: Context, trial, number: int) -> float:
 
 
 def changes(context: Context, trial) -> dict:
-    """Learning rate, batch size and steps: `share` of the rows that a run with the given settings sees."""
+    """Return learning rate, batch size and steps: `share` of the rows that a run with the given settings sees."""
     middle, batch = context.full_learning_rate, context.training.batch_size
     learning_rate = trial.suggest_float("learning_rate", middle / 10, middle * 10, log=True)
     batch_size = trial.suggest_categorical("batch_size", [max(1, batch // 2), batch])

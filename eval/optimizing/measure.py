@@ -39,7 +39,7 @@ def in_fresh_process(settings: TaskSettings, task: Task, loader: str, folder: st
 
 @torch.no_grad()
 def measure(settings: TaskSettings, batch: dict, loader: str, folder: str, dense: str) -> dict:
-    """`batch` is measured for memory before any rows are read, which would take more than a small model."""
+    """Measure memory on `batch`, before any rows are read, which take more than a small model; then the rest."""
     tensors = {name: torch.tensor(values) for name, values in batch.items()}
     method = importlib.import_module(loader)
     before = peak_memory_bytes()
@@ -52,7 +52,7 @@ def measure(settings: TaskSettings, batch: dict, loader: str, folder: str, dense
 
 
 def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:
-    """Medians over rounds in which both models take turns.
+    """Return medians over rounds in which both models take turns.
 
     latency_ratio: seconds for one row, over the dense model's. throughput_ratio: rows a second in batches of BATCH.
     """
@@ -73,7 +73,7 @@ def times(model: nn.Module, dense: nn.Module, task) -> dict[str, float]:
 
 
 def interleaved(function: Callable, arguments: list) -> list[tuple[float, ...]]:
-    """Seconds of `function` for every argument in turn: ROUNDS times at least, and SECONDS long, after a first turn."""
+    """Return seconds of `function` for every argument in turn: ROUNDS times at least, and SECONDS long."""
 
     def turn() -> tuple[float, ...]:
         seconds = []

@@ -60,7 +60,7 @@ def build(row: Row, context: Context, folder: str) -> nn.Module:
 
 
 def prunable(model: nn.Module) -> list[str]:
-    """Names of the linear layers whose weights may go: all but the head."""
+    """Return the names of the linear layers whose weights may go: all but the head."""
     kept = heads(model)
     return [name for name in linear_names(model) if name not in kept]
 
@@ -82,13 +82,13 @@ def zero_units(model: nn.Module, part: str, amount: float) -> None:
 
 
 def prune_units(model: nn.Module, part: str, amount: float) -> nn.Module:
-    """The model without the least important neurons or heads of every layer."""
+    """Return the model without the least important neurons or heads of every layer."""
     zero_units(model, part, amount)
     return shrink.without_zero_columns(model, part)
 
 
 def recovered(model: nn.Module, context: Context) -> nn.Module:
-    """The pruned model after ScaLoRA, with its zeros where they were.
+    """Return the pruned model after ScaLoRA, with its zeros where they were.
 
     What it would be without setting the zeros again goes into the run's figures.
     """

@@ -97,7 +97,7 @@ def build(row: Row, context: Context, folder: str) -> nn.Module:
 
 
 def quantized(row: Row, context: Context) -> PreTrainedModel:
-    """The model that `row` starts from in its new type, loaded so: `to` would round buffers too."""
+    """Return the model that `row` starts from in its new type, loaded so: `to` would round buffers too."""
     base = context.folders[row.after]
     if row.options["kind"] in ("torchao", "bnb"):
         return load_plain(base, quantization_config=config_of(row, context.base(row)), dtype=torch.bfloat16)
@@ -106,7 +106,7 @@ def quantized(row: Row, context: Context) -> PreTrainedModel:
 
 
 def inner_linears(model: PreTrainedModel) -> list[str]:
-    """All linear layers but the head."""
+    """Return the names of all linear layers but the head."""
     return [name for name in linear_names(model) if name not in heads(model)]
 
 
@@ -119,7 +119,7 @@ def load(folder: str) -> nn.Module:
 
 
 def config_of(row: Row, model: PreTrainedModel) -> TorchAoConfig | BitsAndBytesConfig:
-    """What transformers takes as `quantization_config`; the head stays as it is."""
+    """Return what transformers takes as `quantization_config`; the head stays as it is."""
     if row.options["kind"] == "torchao":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
@@ -139,7 +139,7 @@ def config_of(row: Row, model: PreTrainedModel) -> TorchAoConfig | BitsAndBytesC
 
 
 def quantize_int4(model: nn.Module, names: list[str]) -> nn.Module:
-    """The linear layers `names` in 4 bits, in place."""
+    """Quantize the linear layers `names` to 4 bits, in place."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import quantize_
 
@@ -149,7 +149,7 @@ def quantize_int4(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 def save_packed(model: PreTrainedModel, folder: str) -> None:
-    """Plain tensors: of a packed weight its two parts, and everything else as it is."""
+    """Write plain tensors: of a packed weight its two parts, and everything else as it is."""
     packed = [f"{name}.weight" for name in inner_linears(model)]
     tensors = {}
     for key, value in model.state_dict().items():
@@ -181,7 +181,7 @@ def load_packed(folder: str) -> PreTrainedModel:
 
 
 def _is_tied(key: str, model: PreTrainedModel) -> bool:
-    """Whether `key` is the head's weight, and that the embeddings' too."""
+    """Return whether `key` is the head's weight, and that the embeddings' too."""
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     return tied and model.get_submodule(key.rpartition(".")[0]) is output

@@ -42,7 +42,7 @@ def write_report(folder: str, order: Sequence[str]) -> None:
 
 
 def summaries(results: dict[str, list[dict]], order: Sequence[str]) -> list[dict]:
-    """What the table has of every row, in `order`."""
+    """Return the figures of every row, in `order`."""
     return [summary(name, results[name]) for name in order if name in results]
 
 
@@ -52,7 +52,7 @@ def page(results: dict[str, list[dict]], rows: Sequence[dict]) -> str:
 
 
 def read_all(folder: str) -> dict[str, list[dict]]:
-    """Results by row."""
+    """Return the results by row."""
     found = defaultdict(list)
     for path in sorted(glob.glob(os.path.join(folder, "*-seed*.json"))):
         result = read(path)
@@ -61,7 +61,7 @@ def read_all(folder: str) -> dict[str, list[dict]]:
 
 
 def caption(results: dict[str, list[dict]]) -> str:
-    """What all rows have in common."""
+    """Return what all rows have in common, as a sentence."""
     result = next((one for runs in results.values() for one in runs if "data" in one), None)
     if result is None:
         return "No row could be built."
@@ -76,7 +76,7 @@ def caption(results: dict[str, list[dict]]) -> str:
 
 
 def summary(name: str, results: Sequence[dict]) -> dict:
-    """The figures of the seeds that have any, and the reasons of those that have none."""
+    """Return the figures of the seeds that have any, and the reasons of those that have none."""
     reasons = {result["settings"]["seed"]: reason for result in results if (reason := why_none(result))}
     done = [result for result in results if not why_none(result)]
     about = {name: results[0].get(name) for name in ("method", "caveat")} | {"row": name, "reasons": reasons}
@@ -96,7 +96,7 @@ def summary(name: str, results: Sequence[dict]) -> dict:
 
 
 def why_none(result: dict) -> str | None:
-    """Why a run has no figures, in a line; None where it has."""
+    """Return why a run has no figures, in a line; None where it has."""
     reason = result.get("unfit") if result["status"] == FINISHED else result["error"]
     return reason and reason.partition("\n")[0]
 
@@ -133,7 +133,7 @@ def _figures(row: dict) -> list[str]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (size, quality) that no other is as small and as good as, and better in one; by size."""
+    """Return the indices of the points (size, quality) that no other beats, by size."""
     front, best = [], -math.inf
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if points[i][1] > best:
@@ -143,7 +143,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot(path: str, rows: Sequence[dict]) -> None:
-    """Quality against size, a colour a method, the Pareto front joined and named."""
+    """Plot quality against size, a colour a method, the Pareto front joined and named."""
     figure, axis = require_matplotlib().subplots(figsize=(9.5, 4.6))
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]

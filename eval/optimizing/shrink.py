@@ -60,7 +60,7 @@ LAYOUTS = {
 
 
 def misfit(model: PreTrainedModel) -> str | None:
-    """Why nothing can be taken out of `model`; None if it can."""
+    """Return why nothing can be taken out of `model`; None if it can."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return None if kind in LAYOUTS else f"layers of {kind!r} are not known (known: {', '.join(LAYOUTS)})"
 
@@ -70,13 +70,13 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 def kept_count(size: int, amount: float) -> int:
-    """How many of `size` units stay when `amount` of them go: a multiple of 64 where `size` is, as kernels like it."""
+    """Return how many of `size` units stay when `amount` of them go: a multiple of 64 where `size` is."""
     step = math.gcd(64, size) if size >= 256 else 1
     return max(1, round(size * (1 - amount) / step)) * step
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, in ascending order."""
+    """Return the indices of the `count` largest scores, in ascending order."""
     return scores.topk(count).indices.sort().values
 
 
@@ -84,14 +84,14 @@ def strongest(scores: Tensor, count: int) -> Tensor:
 
 
 def neuron_importance(state: State, layout: Layout, layer: int) -> Tensor:
-    """‖what a neuron reads‖ · ‖what it writes‖, shape (neurons,)."""
+    """Return ‖what a neuron reads‖ · ‖what it writes‖, shape (neurons,)."""
     prefix = f"{layout.layers}.{layer}."
     reads = sum(_weight(state, prefix, name).square().sum(1) for name in layout.mlp_in).sqrt()
     return reads * _weight(state, prefix, layout.mlp_out).norm(dim=0)
 
 
 def head_importance(state: State, layout: Layout, layer: int, groups: int) -> Tensor:
-    """‖value‖ · ‖output‖ of every head, or group of heads that share keys and values, shape (groups,)."""
+    """Return ‖value‖ · ‖output‖ of every head, or group of heads that share keys and values, shape (groups,)."""
     prefix = f"{layout.layers}.{layer}."
     value = _weight(state, prefix, layout.key_value[1]).reshape(groups, -1)
     output = _weight(state, prefix, layout.attention_out)
@@ -99,7 +99,7 @@ def head_importance(state: State, layout: Layout, layer: int, groups: int) -> Te
 
 
 def hidden_importance(state: State, layout: Layout) -> Tensor:
-    """Norm of all weights that write a hidden feature, shape (hidden,)."""
+    """Return the norm of all weights that write a hidden feature, shape (hidden,)."""
     layers = {name: w for name, w in state.items() if name.startswith(layout.layers) and w.dim() == 2}
     written = [w.float() for name, w in layers.items() if layout.writes_hidden(name.removesuffix(".weight"))]
     return sum(w.square().sum(1) for w in written).sqrt()
@@ -113,7 +113,7 @@ def _weight(state: State, prefix: str, name: str) -> Tensor:
 
 
 def read_columns(model: PreTrainedModel, part: str, amount: float) -> dict[str, Tensor]:
-    """Which columns of the weight that reads `part` ("neurons" or "heads") stay: module name -> boolean (columns,)."""
+    """Return which columns of the weight that reads `part` stay: module name -> boolean (columns,)."""
     layout, state = layout_of(model), model.state_dict()
     masks = {}
     for layer in range(model.config.num_hidden_layers):
@@ -132,7 +132,7 @@ def read_columns(model: PreTrainedModel, part: str, amount: float) -> dict[str, 
 
 
 def without_zero_columns(model: PreTrainedModel, part: str) -> PreTrainedModel:
-    """The model without the neurons, or heads, that nothing reads: the same function, in smaller matrices."""
+    """Return the model without the neurons, or heads, that nothing reads: the same function, smaller matrices."""
     layout, config, state = layout_of(model), copy.deepcopy(model.config), dict(model.state_dict())
     for layer in range(config.num_hidden_layers):
         prefix = f"{layout.layers}.{layer}."
@@ -164,7 +164,7 @@ def keep_heads(state: State, layout: Layout, prefix: str, used: Tensor, config: 
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """The layers `kept` of the model, in this order."""
+    """Return the model with the layers `kept`, in this order."""
     layers, config = layout_of(model).layers, copy.deepcopy(model.config)
     state = {name: w for name, w in model.state_dict().items() if not name.startswith(f"{layers}.")}
     for new, old in enumerate(kept):
@@ -179,7 +179,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def keep_hidden(model: PreTrainedModel, index: Tensor) -> PreTrainedModel:
-    """The hidden features `index` alone, and the attention's heads as they are.
+    """Return the model with the hidden features `index` alone, and the attention's heads as they are.
 
     Raises:
         ValueError: BERT's heads have to be as wide together as its hidden features.
@@ -213,7 +213,7 @@ def _take(state: State, prefix: str, names: Sequence[str], index: Tensor, dim: i
 
 
 def head_groups(config: PretrainedConfig) -> int:
-    """Heads that can go on their own: those with keys and values of their own."""
+    """Return how many heads can go on their own: those with keys and values of their own."""
     return getattr(config, "num_key_value_heads", None) or getattr(config, "kept_heads", config.num_attention_heads)
 
 
@@ -244,17 +244,17 @@ def set_hidden(config: PretrainedConfig, hidden: int) -> None:
 
 
 def needs_own_loading(config: PretrainedConfig) -> bool:
-    """transformers makes BERT's attention as wide as its hidden features, whatever the configuration says."""
+    """Return whether heads are taken out of BERT, whose attention transformers makes as wide as its features."""
     return hasattr(config, "kept_heads")
 
 
 def rebuilt(model: PreTrainedModel, config: PretrainedConfig, state: State) -> PreTrainedModel:
-    """A model of the same class with `config` and exactly the weights of `state`."""
+    """Return a model of the same class with `config` and exactly the weights of `state`."""
     return filled(construct(type(model), config), {name: w.clone() for name, w in state.items()})
 
 
 def construct(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A model without weights, which `filled` gives it, with as few heads as the configuration says."""
+    """Return a model without weights, which `filled` gives it, with as few heads as the configuration says."""
     with init_empty_weights(include_buffers=False):
         model = cls(config)
         if needs_own_loading(config):
@@ -268,7 +268,7 @@ def construct(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTraine
 
 
 def filled(model: PreTrainedModel, state: State) -> PreTrainedModel:
-    """`model` with the tensors of `state` themselves as its weights; of tied ones, one may be missing.
+    """Give `model` the tensors of `state` themselves as its weights; of tied ones, one may be missing.
 
     Raises:
         ValueError: a weight is missing or unknown.

@@ -53,7 +53,7 @@ def build(row: Row, context: Context, folder: str) -> nn.Module:
 
 @torch.no_grad()
 def influential_layers(model: nn.Module, batch: dict, amount: float) -> list[int]:
-    """The layers to keep: those that turn the hidden state most, by 1 - cos(input, output), and the last.
+    """Return the layers to keep: those that turn the hidden state most, by 1 - cos(input, output), and the last.
 
     This is the block influence of ShortGPT (arXiv 2403.03853, eq. 1). The last layer always stays, as what follows it
     was trained on its output alone.
@@ -67,7 +67,7 @@ def influential_layers(model: nn.Module, batch: dict, amount: float) -> list[int
 
 
 def narrow(model: nn.Module, amount: float) -> nn.Module:
-    """Fewer heads, neurons and hidden features, each by importance, all by about `amount`."""
+    """Return the model with fewer heads, neurons and hidden features, each by importance, all by about `amount`."""
     groups = shrink.head_groups(model.config)
     hidden = model.config.hidden_size // groups * shrink.kept_count(groups, amount)
     for part in ("heads", "neurons"):

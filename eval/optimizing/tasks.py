@@ -72,7 +72,8 @@ class TaskSettings:
 
 
 def load_task(settings: TaskSettings) -> Task:
-    """
+    """Return the encoded task.
+
     Raises:
         ValueError: no such task. DataError: names file, row and field.
     """
@@ -111,7 +112,7 @@ def _classification(settings: TaskSettings, tokenizer) -> Task:
 
 
 def _commonsense(settings: TaskSettings, tokenizer) -> Task:
-    """Scored by the log-likelihood of the right answers, nats a token, and by how often they are the likeliest."""
+    """Return the task scored by log-likelihood of the right answers, nats a token, and by how often it is highest."""
     names = list(commonsense.TASKS)
     train, dev = commonsense.load_mixture(names, settings.data_dir, settings.train_rows, settings.dev_rows)
     share = None if settings.test_rows is None else settings.test_rows // len(names)

@@ -77,7 +77,7 @@ def batch(arguments: argparse.Namespace) -> torch.Tensor:
 
 
 def seconds(arguments: argparse.Namespace, trained: str) -> dict[str, list[float]]:
-    """CPU seconds of every step by kind, taken in turns: what else the machine does counts less."""
+    """Return CPU seconds of every step by kind, taken in turns: what else the machine does counts less."""
     model, ids = make_model(arguments.shape, arguments.layers, trained), batch(arguments)
     steps = {name: make_step(copy.deepcopy(model), ids, name) for name in ("plain", *VARIANTS)}
     spent = {name: [] for name in steps}
@@ -92,7 +92,7 @@ def seconds(arguments: argparse.Namespace, trained: str) -> dict[str, list[float
 
 
 def _peak() -> int:
-    """This process's peak memory in bytes (Linux)."""
+    """Return this process's peak memory in bytes (Linux)."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
@@ -108,7 +108,7 @@ def _peak_growth(queue, arguments: argparse.Namespace, trained: str, name: str) 
 
 
 def peak_growth(arguments: argparse.Namespace, trained: str, name: str) -> int:
-    """Bytes by which training raises a fresh process's peak above the loaded model."""
+    """Return the bytes by which training raises a fresh process's peak above the loaded model."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak_growth, args=(queue, arguments, trained, name))

@@ -94,7 +94,7 @@ def make_model(setting: Setting, vocabulary: int) -> LlamaForCausalLM:
 
 
 def baseline_optimizers(model: nn.Module, method: str, lr: float) -> list[torch.optim.Optimizer]:
-    """No weight decay and the same betas everywhere; Muon is for matrices, AdamW for the rest, as inside GN."""
+    """Return optimizers without weight decay, all of the same betas; Muon is for matrices, AdamW for the rest."""
     betas = (0.9, 0.95)
     if method == "soap":
         try:
@@ -127,7 +127,7 @@ def baseline_step(model: nn.Module, setting: Setting) -> Callable[[Corpus], None
 
 
 def gauss_newton_step(model: nn.Module, setting: Setting) -> Callable[[Corpus], None]:
-    """One outer step: the inner loop and the line search."""
+    """Return a function that makes one outer step: the inner loop and the line search."""
     config = GaussNewtonConfig(inner_steps=setting.inner_steps, line_search_points=10, **GAUSS_NEWTON[setting.method])
     optimizer = GaussNewton(model.named_parameters(), config, lr=setting.learning_rate, muon=matrix_names(model))
 

@@ -39,7 +39,7 @@ RATES = {"gpt2": 3e-3, "llama": 3e-3, "bert": 5e-4, "lora": 5e-3, "scalora": 5e-
 
 
 def make_model(kind: str):
-    """A fresh model of one kind, over bytes."""
+    """Return a fresh model of one kind, over bytes."""
     size = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     if kind == "gpt2":
         config = GPT2Config(vocab_size=128, n_embd=64, n_layer=4, n_head=4, n_positions=LENGTH, bos_token_id=0)
@@ -54,7 +54,7 @@ def make_model(kind: str):
 
 
 def batches(kind: str, batch: int, seed: int):
-    """Batches without end: bytes of generated text; for BERT of single sentences, acceptable or not."""
+    """Yield batches without end: bytes of generated text; for BERT of single sentences, acceptable or not."""
     generator = torch.Generator().manual_seed(seed)
     if kind != "bert":
         data = byte_stream(5000, 0)
@@ -69,7 +69,7 @@ def batches(kind: str, batch: int, seed: int):
 
 
 def train(kind: str, variant: int, steps: int) -> dict:
-    """One run with 5% warmup and linear decay, AdamW, gradients clipped at 1."""
+    """Train with 5% warmup and linear decay, AdamW, gradients clipped at 1, and return the losses."""
     share, batch = VARIANTS[variant]
     torch.manual_seed(variant)
     model = make_model(kind).train()

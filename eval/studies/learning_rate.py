@@ -22,7 +22,7 @@ PER_DECADE = {"dense": 6, "coarse": 2}
 
 
 def sweep(arguments: argparse.Namespace, name: str, seed: int):
-    """One sweep of ScaLoRA runs; continues if it was interrupted."""
+    """Run one sweep of ScaLoRA; it continues if it was interrupted."""
     settings = {
         "model": arguments.model,
         "data": arguments.data,

@@ -43,7 +43,7 @@ INTERVALS = (1, 2, 5, 10, 20, 50)
 
 
 def measure_point(point: dict[str, int], repeats: int, device: str) -> dict:
-    """Seconds of a LoRA step, of a ScaLoRA step without rescaling, and of a rescaling, `repeats` of each."""
+    """Return seconds of a LoRA step, a ScaLoRA step without rescaling, and a rescaling, `repeats` of each."""
     hidden = point["hidden"]
     shape = (hidden, 8 * hidden // 3, point["layers"], hidden // 64, hidden // 64, 1024)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -63,7 +63,7 @@ def measure_point(point: dict[str, int], repeats: int, device: str) -> dict:
 
 
 def ratio(result: dict, interval: float = math.inf) -> float:
-    """Median step time over LoRA's at one interval."""
+    """Return the median step time over LoRA's at one interval."""
     seconds = result["seconds"]
     rescaling = [a + b for a, b in zip(seconds["scalora"], seconds["rescaling"])]
     steps = with_interval(seconds["scalora"], rescaling, interval)
@@ -71,7 +71,7 @@ def ratio(result: dict, interval: float = math.inf) -> float:
 
 
 def growth(results: list[dict], name: str) -> float:
-    """Power of `name` with which the rescaling time grows, between the two largest values."""
+    """Return the power of `name` with which the rescaling time grows, between the two largest values."""
     small, large = results[-2:]
     times = (statistics.median(r["seconds"]["rescaling"]) for r in (small, large))
     first, last = (math.log(t) for t in times)

@@ -38,7 +38,7 @@ PROBE_EVERY = 25
 
 
 def make_model(arguments: argparse.Namespace, norm: str, step: float) -> GPT2LMHeadModel:
-    """GPT-2 without dropout; weights of 1/sqrt(width), as 0.02 is for a width of 2,500."""
+    """Return GPT-2 without dropout; weights of 1/sqrt(width), as 0.02 is for a width of 2,500."""
     config = GPT2Config(
         vocab_size=128,
         n_embd=arguments.width,
@@ -65,7 +65,7 @@ def make_model(arguments: argparse.Namespace, norm: str, step: float) -> GPT2LMH
 
 
 def train(arguments: argparse.Namespace, norm: str, step: float, decay: float, seed: int, data, held_out) -> dict:
-    """One run: losses of all steps, held-out loss, hidden states by depth every 25 steps, and the bound they keep."""
+    """Train once, and return losses, held-out loss, hidden states by depth every 25 steps, and their bound."""
     torch.manual_seed(seed)
     model = make_model(arguments, norm, step)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=decay)
@@ -108,7 +108,7 @@ def train(arguments: argparse.Namespace, norm: str, step: float, decay: float, s
 
 
 def run_all(arguments: argparse.Namespace) -> list[dict]:
-    """All runs of the grid, those that are missing trained now; saved after each."""
+    """Return all runs of the grid, those that are missing trained now; saved after each."""
     path = os.path.join(arguments.output, RUNS_NAME)
     names = ("depth", "width", "length", "batch", "steps", "learning_rate")
     settings = {name: getattr(arguments, name) for name in names}
@@ -156,7 +156,7 @@ def medians(curves: list[list[float]]) -> list[float]:
 
 
 def plot(runs: list[dict], path: str) -> None:
-    """Hidden states by depth at the end, and training loss: medians over seeds, without weight decay."""
+    """Plot hidden states by depth at the end, and training loss: medians over seeds, without weight decay."""
     figure, ((depth, loss),) = panels(2)
     for number, (norm, step) in enumerate(itertools.product(NORMS[1:], STEPS)):
         found = [r for r in runs if (r["norm"], r["step"], r["weight_decay"]) == (norm, step, 0.0)]

@@ -21,7 +21,13 @@ def test_sweep(tmp_path, settings, capsys):
     assert sweep["learning_rates"] == pytest.approx([1e-3, 1e-2, 1e-1])
     assert [len(losses) for losses in sweep["losses"]] == [4, 4, 4]
     assert len(sweep["check_losses"]) == 3
-    assert f"best learning rate {sweep['best_learning_rate']:g}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"best learning rate {sweep['best_learning_rate']:g}" in said.out
+    assert f"runs and plot are in {tmp_path / 'out'}" in said.out
+    assert "None" not in said.out
+    lines = [line.partition(":")[0] for line in said.err.splitlines() if line.startswith("run ")]
+    assert lines == ["run 1 of 3", "run 2 of 3", "run 3 of 3", "run 1 of 1"]
+    assert "step 1/" not in said.out + said.err  # a run is a line
     assert (tmp_path / "out" / "sweep.png").exists()
     options[options.index("--check-steps") + 1] = "2"
     assert main(["sweep-lr", *settings, *options]) == 0

@@ -41,10 +41,13 @@ def search_settings(arguments: argparse.Namespace, without: tuple[str, ...], **s
 
 
 def trainer_of(settings: dict, **changed):
-    """Return the Trainer of one run of a search."""
+    """Return the Trainer of one run of a search, which is a line and not one line for each of its steps."""
     from ..finetuning.run import make_trainer
+    from ..finetuning.training import LogLines
 
-    return make_trainer(FinetuneSettings.of(settings | changed))
+    trainer = make_trainer(FinetuneSettings.of(settings | changed))
+    trainer.remove_callback(LogLines)
+    return trainer
 
 
 def recorded(settings: dict) -> dict:

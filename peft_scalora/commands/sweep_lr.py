@@ -38,5 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         storage=arguments.storage,
         settings=recorded(settings),
     )
-    print(f"best learning rate {result.best_learning_rate:g}, unstable from {result.unstable_base_learning_rate}")
+    blown = result.unstable_base_learning_rate
+    print(
+        f"best learning rate {result.best_learning_rate:g}, {f'unstable from {blown:g}' if blown else 'none unstable'}"
+    )
     print(f"{result.advice}\nruns and plot are in {settings['output']}")

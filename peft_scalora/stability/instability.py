@@ -26,7 +26,7 @@ LEAST_LOSSES = LEAST_CHANGES + 1  # fewer say nothing about stability
 NOISE_FACTOR = 5.0  # a rise is this many robust standard deviations of the noise, and
 PROGRESS_FACTOR = 0.05  # this share of what the loss has come down so far
 SINGLE_LOSS_FACTOR = 4.0  # the level of a run is known this well from a single loss
-CEILING_FACTOR = 1.5  # above this many times what the first losses leave open, no noise is an excuse
+CEILING_FACTOR = 1.25  # above this many times what the first losses leave open, no noise is an excuse
 EARLY_SHARE, EARLY_STEPS = 0.1, 10  # of the run, or steps if that is more: before this, warmup is the remedy
 _CHANGE_TO_SIGMA = 1.4826 / math.sqrt(2)  # median |difference of two| to the standard deviation of one, normal noise
 

@@ -1,0 +1,82 @@
+"""The Python blocks of README and of the documentation run, on stand-ins for what they leave open."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers_gauss_newton import token_rows
+from helpers_runs import language_model, save_language_model
+from peft import get_peft_model
+
+import peft_scalora
+from peft_scalora import ScaLoRAConfig, stability
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CONFIG = ScaLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling_interval=2)
+
+
+def stand_in_trainer(*args, **kwargs) -> transformers.Trainer:
+    """Return a Trainer of a new tiny model, with whatever callbacks a block gives; `...` stands for the rest."""
+    arguments = transformers.TrainingArguments(
+        output_dir=kwargs.pop("output_dir", "run"),
+        max_steps=12,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    given = {name: value for name, value in kwargs.items() if name in ("callbacks", "optimizers")}
+    model = get_peft_model(language_model(), CONFIG)
+    return transformers.Trainer(model=model, args=arguments, train_dataset=token_rows(), **given)
+
+
+def train_a_little(model: torch.nn.Module) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    rows = torch.tensor(token_rows(8)["input_ids"])
+    for _ in range(12):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch) -> dict:
+    """Return what the blocks of a document find defined: everything public, and a stand-in for what they leave open."""
+    monkeypatch.chdir(tmp_path)
+    base = save_language_model(tmp_path / "base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_tiny(name, *args, **kwargs):
+        return load(name if Path(name).exists() else base, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_tiny)
+    trained = get_peft_model(language_model(), CONFIG)
+    train_a_little(trained)
+    trained.save_pretrained("adapter")
+    public = {name: getattr(peft_scalora, name) for name in peft_scalora.__all__}
+    public |= {name: getattr(stability, name) for name in stability.__all__}
+    trainer = stand_in_trainer()
+    return public | {
+        "torch": torch,
+        "transformers": transformers,
+        "Trainer": stand_in_trainer,
+        "trainer": trainer,
+        "model": trained,
+        "base_model": language_model(),
+        "optimizer": torch.optim.AdamW(trained.parameters(), lr=1e-3),
+        "DIR": "searches",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_run(document, names):
+    for block in BLOCK.findall(document.read_text()):
+        exec(compile(block, document.name, "exec"), names)

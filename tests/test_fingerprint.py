@@ -67,7 +67,7 @@ def test_it_is_of_names_shapes_and_values():
 
 
 def test_a_base_moved_by_a_hundredth_is_another_and_one_rounded_to_bfloat16_is_not():
-    """The tolerance of 2^-7 lies between: bfloat16 rounds by up to 2^-8, the worst case of which is the tie 1 + 2^-8."""
+    """The tolerance of 2^-7 lies between: bfloat16 rounds by up to 2^-8, at worst at the tie 1 + 2^-8."""
     base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     for layer in base:
         nn.init.constant_(layer.weight, 1 + 2**-8)

@@ -203,7 +203,7 @@ def test_discarded_is_what_numpy_would_leave_out():
 
 @pytest.mark.parametrize("r, kept", [(8, 56), (3, 58), (1, 56), (16, 64)])
 def test_a_recompression_keeps_seven_eighths_of_the_columns(r, kept):
-    """Of 64, in whole folds: the next up to 8 columns are free again. One fold of 16 takes more than that: it keeps all.
+    """Of 64, in whole folds: up to 8 columns are free again for the next. A fold of 16 takes more: it keeps all.
 
     Columns that are not in use are zero.
     """

@@ -5,6 +5,7 @@ Shape suffixes: L layers of one shape, M out_features, N in_features, K columns.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -148,6 +149,13 @@ def _copy(targets: list[Tensor], source_LMN: Tensor) -> None:
     torch._foreach_copy_(targets, list(source_LMN.unbind()))
 
 
+_CANNOT_MERGE = (
+    "accumulator='merged': some base weights cannot hold accumulated change, because they are quantized, sharded, "
+    "offloaded, tied, trained, hooked or of another kind than linear and convolution layers. Their change acts beside "
+    "them. Use accumulator='auto' if that is what you want."
+)
+
+
 class MergedAccumulator(Accumulator):
     """Accumulated change that lives in the base weight while its adapter trains, where the weight can hold it.
 
@@ -177,7 +185,10 @@ class MergedAccumulator(Accumulator):
     def _settle(self, is_stale: bool) -> None:
         """Bring the base weight up to date, or back where others look at it or it cannot hold change."""
         layer = self.layer
-        if layer.is_seen_by_others or not layer.can_merge():
+        can_merge = layer.can_merge()
+        if not can_merge and layer.scalora_config[self.adapter].accumulator == "merged":
+            warnings.warn(_CANNOT_MERGE)
+        if layer.is_seen_by_others or not can_merge:
             layer.restore_base()
         else:
             held = 0 if layer.merged_base is None or is_stale else layer.merged_base.columns

@@ -7,6 +7,7 @@ from collections import Counter
 
 from transformers import TrainerCallback
 
+from .layer import ScaLoRALayer
 from .plots import plot_lines, require_matplotlib
 from .rank import effective_rank
 from .rescaling.engine import RescaleReport, last_report
@@ -18,7 +19,8 @@ MAX_PENDING = 16  # reports whose tensors are kept until figures are wanted
 class ScaLoRACallback(TrainerCallback):
     """Add rank and rescaling figures to every log of the training loss, and plot them when training ends.
 
-    Figures, under the prefix "scalora/": effective_rank (mean over layers, of the whole weight change), the shares of
+    Figures, under the prefix "scalora/": effective_rank (mean over layers, of the whole weight change), the share of
+    layers whose base weight holds accumulated change as `merged` (the others keep it beside them), the shares of
     layers by how they were scaled (the labels of `RescaleReport.counts`: `column`, `scalar`, `exact`, `skipped`),
     median_log_alpha, fold_error and discarded (Frobenius norm discarded since training began). A plain LoRA adapter has
     the first of them alone. They go to trainer_state.json and to callbacks that were added later; with the trainer they
@@ -70,7 +72,10 @@ class ScaLoRACallback(TrainerCallback):
         adapters = model.active_adapters
         adapters = adapters() if callable(adapters) else adapters  # a method where transformers carries the adapter
         ranks = [rank for adapter in adapters for rank in effective_rank(model, self.tol, adapter).values()]
+        merged = [m.merged_base is not None for m in model.modules() if isinstance(m, ScaLoRALayer)]
         figures = {"scalora/effective_rank": sum(ranks) / len(ranks)}
+        if merged:
+            figures["scalora/merged"] = sum(merged) / len(merged)
         self._read_pending()
         if self._layers:
             figures |= {f"scalora/{label}": count / self._layers for label, count in self._counts.items()}

@@ -406,6 +406,12 @@ def test_weights_that_cannot_hold_change_stay_as_they_are(build):
     assert torch.equal(by_name["lin0"].base_layer.weight, before.get_submodule("lin0").base_layer.weight)
 
 
+def test_merging_that_was_asked_for_and_cannot_be_is_said():
+    model = adapted(with_a_hook, target_modules=["lin0", "lin1"], accumulator="merged")
+    with pytest.warns(UserWarning, match=r"accumulator='merged': some base weights cannot hold"):
+        train(model, inputs=torch.randn(6, 14))
+
+
 def test_tied_embeddings_keep_their_weight():
     model = adapted(tied, target_modules=["lm_head", "q_proj"])
     embeddings = model.get_base_model().model.embed_tokens.weight.clone()

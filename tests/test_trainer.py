@@ -113,6 +113,7 @@ def test_callback_logs_to_every_reporter_and_draws(tmp_path):
     assert len([entry for entry in reporter.seen if "loss" in entry]) == 4
     ranks = effective_rank(trainer.model)
     assert logged[-1]["scalora/effective_rank"] == pytest.approx(sum(ranks.values()) / len(ranks))
+    assert logged[-1]["scalora/merged"] == 1
     shares = [logged[-1][f"scalora/{rule}"] for rule in ("column", "scalar", "exact", "skipped")]
     assert sum(shares) == pytest.approx(1)
     assert logged[-1]["scalora/fold_error"] < 1e-6

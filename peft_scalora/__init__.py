@@ -20,10 +20,12 @@ if TYPE_CHECKING:  # lazily imported names, for editors and type checkers
     from .gauss_newton import GaussNewtonConfig as GaussNewtonConfig
     from .gauss_newton.callback import GaussNewtonCallback as GaussNewtonCallback
     from .rank import effective_rank as effective_rank
-    from .rescaling.engine import RescaleReport as RescaleReport
-    from .rescaling.engine import last_report as last_report
     from .rescaling.engine import rescale as rescale
+    from .rescaling.hooks import automatic_rescaling as automatic_rescaling
+    from .rescaling.hooks import with_rescaling as with_rescaling
     from .rescaling.moments import register_optimizer as register_optimizer
+    from .rescaling.report import RescaleReport as RescaleReport
+    from .rescaling.steps import last_report as last_report
     from .stability.callbacks import StabilityCallback as StabilityCallback
     from .stability.callbacks import StabilityConfig as StabilityConfig
 
@@ -34,19 +36,21 @@ _LAZY = {
     "GaussNewtonCallback": "gauss_newton.callback",
     "GaussNewtonConfig": "gauss_newton",
     "MergeReport": "export.merged",
-    "RescaleReport": "rescaling.engine",
+    "RescaleReport": "rescaling.report",
     "ScaLoRAConfig": "config",
     "ScaLoRACallback": "callbacks",
     "StabilityCallback": "stability.callbacks",
     "StabilityConfig": "stability.callbacks",
+    "automatic_rescaling": "rescaling.hooks",
     "effective_rank": "rank",
     "export_lora": "export.lora",
     "export_merged": "export.merged",
     "last_complete_checkpoint": "files.checkpoints",
-    "last_report": "rescaling.engine",
+    "last_report": "rescaling.steps",
     "push_to_hub": "export.hub",
     "register_optimizer": "rescaling.moments",
     "rescale": "rescaling.engine",
+    "with_rescaling": "rescaling.hooks",
 }
 __all__ = ["__version__", *_LAZY]
 

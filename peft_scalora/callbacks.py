@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from .layer import ScaLoRALayer
 from .plots import plot_lines, require_matplotlib
 from .rank import effective_rank
-from .rescaling.engine import RescaleReport, last_report
+from .rescaling.report import RescaleReport
+from .rescaling.steps import last_report
 
 PLOT_NAME = "scalora_rank.png"
 MAX_PENDING = 16  # reports whose tensors are kept until figures are wanted

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +15,12 @@ from .config import ScaLoRAConfig
 from .files.upgrade import upgraded
 from .fused import FusedLinear
 from .held import HeldDict, HostHeldDict, Progress
+from .live import LiveSet, made_once
 from .merged_base import MergeableLayer, without_change_of_others
 from .quantized import dequantized, keep_as_loaded
 
 # Every live ScaLoRA layer, so that a hook on any optimizer can find the layers whose parameters it steps.
-LAYERS: weakref.WeakSet[ScaLoRALayer] = weakref.WeakSet()
+LAYERS = LiveSet()
 
 
 class ScaLoRALayer(MergeableLayer):
@@ -166,6 +165,7 @@ class ScaLoRALayer(MergeableLayer):
             del held[adapter_name]
         self.scalora_config.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+        LAYERS.add(self)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -242,7 +242,7 @@ def _mean_squared_norm(factor: Tensor, dim: int) -> Tensor:
     return factor.detach().flatten(1).double().square().sum(dim).mean().float()
 
 
-@cache
+@made_once
 def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
     """The ScaLoRA version of one of PEFT's LoRA layer classes (Linear, Linear4bit, Conv2d, ...)."""
     convolutions = lora.layer.Conv1d, lora.layer.Conv2d, lora.layer.Conv3d

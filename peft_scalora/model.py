@@ -21,7 +21,7 @@ from .layer import ScaLoRALayer, make_scalora
 from .lora_only import as_lora, refuse_fused_experts, warn_in_diffusers, warn_of_partial_factors
 from .maths.accumulator import truncate
 from .merged_base import find_owned_weights
-from .rescaling.engine import install_deepspeed_hook
+from .rescaling.hooks import install_deepspeed_hook
 
 # Combination types whose result PEFT defines on the whole weight change, and on the factors' entries.
 _ON_CHANGE = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")

@@ -9,7 +9,7 @@ from ._seams import check_loaded
 from .config import ScaLoRAConfig, ScaLoRAPeftType
 from .lora_only import install_exact_conversion
 from .model import ScaLoRAModel
-from .rescaling.engine import install_hook
+from .rescaling.hooks import install_hook
 
 SCALORA = ScaLoRAPeftType.SCALORA
 # A hotswapped adapter brings tensors, not its configuration: these have to agree.

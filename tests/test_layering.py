@@ -14,6 +14,7 @@ ROOMS = (
     "maths",
     "files",
     "held",
+    "live",
     "quantized",
     "plots",
     "merged_base",

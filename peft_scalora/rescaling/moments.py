@@ -39,6 +39,8 @@ _BITSANDBYTES_RULES: dict[str, dict[str, int]] = {
     "rmsprop": {"state1": 2},
     "adagrad": {"state1": 2},
 }
+# SAM's copies of parameters and gradients, written anew in every step before they are read.
+TEMPORARY_STATES = {"old_p", "old_g", "e_w"}
 _BITSANDBYTES_BLOCK = 256
 _BITSANDBYTES_AUXILIARY = {"qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "unorm_vec"}
 
@@ -107,13 +109,13 @@ def _has_elements(value) -> bool:
 
 def _is_unknown(name: str, value, rule: Mapping[str, int], param: Tensor) -> bool:
     """Whether a state has no rule, or not the size that its rule is for, as GaLore's projected moments of Adam."""
-    if not _has_elements(value) or (name in _BITSANDBYTES_AUXILIARY and rule):
+    if not _has_elements(value) or name in TEMPORARY_STATES or (name in _BITSANDBYTES_AUXILIARY and rule):
         return False
     return name not in rule or not isinstance(value, Tensor) or value.numel() != param.numel()
 
 
-def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-    """Refuse an optimizer that keeps state of `param`, beyond counters, for which there is no rule.
+def check_state(optimizer: torch.optim.Optimizer, *params: Tensor) -> None:
+    """Refuse an optimizer that keeps state of one of `params`, beyond counters, for which there is no rule.
 
     Raises:
         TypeError: names the optimizer, the state, and the optimizers that work.
@@ -125,8 +127,8 @@ def check_state(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
         )
     rule = rule_for(optimizer)
     # An optimizer without a rule may keep the state of all parameters with the first one, as LBFGS does.
-    states = [optimizer.state.get(param, {})] if rule else list(optimizer.state.values())
-    unknown = {name: None for state in states for name in state if _is_unknown(name, state[name], rule, param)}
+    states = {p: optimizer.state.get(p, {}) for p in params} if rule else optimizer.state
+    unknown = {name: None for p, state in states.items() for name in state if _is_unknown(name, state[name], rule, p)}
     if unknown:
         raise TypeError(
             f"ScaLoRA cannot carry the state {', '.join(map(repr, unknown))} of optimizer "

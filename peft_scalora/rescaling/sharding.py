@@ -31,7 +31,7 @@ def is_zero(param: Tensor) -> bool:
 
 def has_gradients(*params: Tensor) -> bool:
     """Whether a step would move them; DeepSpeed keeps their gradients to itself."""
-    return all(is_zero(param) or param.grad is not None for param in params)
+    return all(param.grad is not None or is_zero(param) for param in params)
 
 
 def whole_value(param: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def add_an_adapter(kept, folder):
 
 
 def delete_an_adapter(kept, folder):
-    kept[0].add_adapter("other", copy.deepcopy(kept[0].peft_config["default"]))
-    kept[0].delete_adapter("other")
+    kept[0].delete_adapter("default")
+    kept[0].add_adapter("default", copy.deepcopy(kept[0].peft_config["spare"]))
+    kept[0].set_adapter("default")
 
 
 def delete(kept, folder):
@@ -71,6 +72,7 @@ def test_models_change_in_another_thread_while_an_optimizer_looks_for_its_layers
     """The other thread's whole work is done between two layers that the step looks at."""
     model, kept = adapted(Net(), scaling_interval=1), [adapted(Net())]
     kept[0].save_pretrained(tmp_path)
+    kept[0].add_adapter("spare", copy.deepcopy(kept[0].peft_config["default"]))
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
     backward(model)
     linear = type(layers_of(model)[0])

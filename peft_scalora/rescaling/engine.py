@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -47,9 +48,9 @@ def targets_of(optimizer: torch.optim.Optimizer) -> list[Target]:
     """
     owners = {}
     for layer in LAYERS:
-        for adapter in layer.scalora_config:
-            for factor in layer.factors(adapter):
-                owners[id(factor)] = layer, adapter
+        for adapter in tuple(layer.scalora_config):
+            with suppress(KeyError):  # another thread has just deleted it
+                owners |= {id(factor): (layer, adapter) for factor in layer.factors(adapter)}
     inner = {id(p) for each in inner_optimizers(optimizer) for group in each.param_groups for p in group["params"]}
     rates = {id(p): base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
     rates = {parameter: rate for parameter, rate in rates.items() if parameter not in inner}

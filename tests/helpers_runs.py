@@ -68,8 +68,8 @@ def language_model(**overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings | overrides))
 
 
-def save_language_model(folder) -> str:
-    language_model().save_pretrained(folder)
+def save_language_model(folder, **overrides) -> str:
+    language_model(**overrides).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
 

@@ -143,6 +143,14 @@ def test_an_export_in_half_precision_states_what_rounding_costs(tmp_path, dtype,
         export_lora(model, tmp_path / "none", dtype=torch.int8)
 
 
+def test_a_report_is_told_in_three_lines(tmp_path):
+    report = export_lora(trained_llama(), tmp_path / "plain")
+    where, error, served = str(report).splitlines()
+    assert where == f"wrote {tmp_path / 'plain'}: LoRA of rank {report.rank}, {report.size:,} bytes"
+    assert error == f"relative error 0 over {len(report.layer_errors)} layers"
+    assert served == f"vLLM serves it with --enable-lora --max-lora-rank {report.max_lora_rank}"
+
+
 def test_export_keeps_what_else_the_adapter_saved(tmp_path):
     model = trained_llama(modules_to_save=["lm_head"], target_modules=["q_proj"])
     export_lora(model, tmp_path / "plain")

@@ -49,6 +49,17 @@ class ExportReport:
     layer_errors: dict[str, float]
     size: int
 
+    def __str__(self) -> str:
+        """Return three lines: where it is, how exact, and who serves it."""
+        if self.obstacles:
+            served = f"vLLM will not serve it: {'; '.join(self.obstacles)}"
+        else:
+            served = f"vLLM serves it with --enable-lora --max-lora-rank {self.max_lora_rank}"
+        return (
+            f"wrote {self.path}: LoRA of rank {self.rank}, {self.size:,} bytes\n"
+            f"relative error {self.relative_error:.3g} over {len(self.layer_errors)} layers\n{served}"
+        )
+
 
 class Form(NamedTuple):
     """The rank and the dtype that exported factors are wanted in; rank None is the exact one."""

@@ -45,7 +45,7 @@ def plain_lora(tmp_path):
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(tmp_path / "lora")
     return model.eval()
 
@@ -64,7 +64,7 @@ def test_training_starts_from_a_plain_lora_adapter(tmp_path, plain_lora):
 
 
 def test_a_run_from_a_plain_adapter_grows_past_its_rank(tmp_path, plain_lora):
-    run = settings(tmp_path, start_from=str(tmp_path / "lora"), learning_rate=1e-2, max_steps=8)
+    run = settings(tmp_path, start_from=str(tmp_path / "lora"), learning_rate=3e-2, max_steps=20)
     assert finetune(run)["effective_rank"] > 3
     again = settings(tmp_path, start_from=run.output, output=str(tmp_path / "again"), max_steps=1, learning_rate=1e-6)
     finetune(again)

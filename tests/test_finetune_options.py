@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -178,9 +179,8 @@ def test_trackers_are_told(tmp_path, monkeypatch):
 )
 def test_two_processes_train_one_adapter(tmp_path, launcher):
     run = settings(tmp_path, batch_size=2)
-    arguments = [f"--{name}={getattr(run, name)}" for name in ("model", "data", "task", "output", "r")]
-    arguments += ["--max-steps=4", "--batch-size=2", "--scaling-interval=2", "--logging-steps=2", "--json"]
-    command = [sys.executable, "-m", *launcher, "peft_scalora", "finetune", *arguments]
+    (tmp_path / "run.json").write_text(json.dumps(asdict(run)))
+    command = [sys.executable, "-m", *launcher, "peft_scalora", "finetune", str(tmp_path / "run.json"), "--json"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

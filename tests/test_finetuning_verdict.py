@@ -22,7 +22,8 @@ SPIKE = FALLING[:40] + [5.0] * 6 + FALLING[46:]
         ([0.7, 60.0, 400.0], [], "diverged", "far above the 0.7"),
         (SPIKE, [], "unstable", "spike from step 41 to"),
         ([*FALLING, math.nan], [], "diverged", "non-finite from step 61"),
-        ([], [], "stable", ""),
+        (FALLING[:5], [], "too short to tell", ""),
+        ([], [], "too short to tell", ""),
     ],
 )
 def test_verdicts(losses, log, verdict, said):

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from ..stability.instability import InstabilityReport, detect_instability
+from ..stability.instability import InstabilityReport, LossMonitor, detect_instability
 
 WINDOW = 5  # losses whose median is where a run ended
 WORSE_FACTOR = 2.0  # times the first loss, which is that of the untrained model: a run that ends above has diverged
 
 
 def judge(losses: Sequence[float], log: Sequence[dict]) -> dict:
-    """Return the `verdict` on a run ("stable", "unstable" or "diverged"), the `events` found, and `advice` in words.
+    """Return the `verdict` on a run, the `events` that were found, and `advice` in words where something is wrong.
+
+    The verdict is "stable", "unstable", "diverged", or "too short to tell".
 
     Args:
         losses: the training loss of every step.
         log: Trainer's log_history, for the share of layers that rescaling skipped.
     """
     if not losses:
-        return {"verdict": "stable", "events": [], "advice": ""}
+        return {"verdict": LossMonitor().report().verdict, "events": [], "advice": ""}
     report = detect_instability(losses)
     end = median(losses[-WINDOW:])
     worse = end > WORSE_FACTOR * losses[0]
@@ -30,7 +32,7 @@ def judge(losses: Sequence[float], log: Sequence[dict]) -> dict:
     if skipped and skipped[-1] == 1:
         findings.append("the last rescalings skipped every layer")
     advice = f"{'; '.join(findings)}. {_remedy(report)}" if findings else ""
-    verdict = "diverged" if worse or report.diverged else "unstable" if findings else "stable"
+    verdict = "diverged" if worse or report.diverged else "unstable" if findings else report.verdict
     return {"verdict": verdict, "events": [vars(event) for event in report.events], "advice": advice}
 
 

@@ -19,28 +19,11 @@ def test_the_models_loss_is_of_the_answer_and_its_end():
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "max_length, too_long, ids",
-    [
-        (None, "drop", [5, 6, 7, 8, 9, 1]),
-        (6, "drop", [5, 6, 7, 8, 9, 1]),
-        (5, "drop", None),
-        (5, "cut", [5, 6, 7, 8, 9]),
-        (4, "cut", [5, 6, 7, 8]),
-        (3, "cut", None),  # its loss would be that of no token: nan
-    ],
-)
-def test_rows_that_are_too_long(max_length, too_long, ids):
-    row = with_labels(PROMPT, ANSWER, END, max_length, too_long)
-    assert (row and row["input_ids"]) == ids
-    if row:
-        assert row["labels"] == [-100] * 3 + ids[3:]
-        assert row["attention_mask"] == [1] * len(ids)
-
-
-def test_the_first_token_alone_is_nothing_to_learn():
-    assert with_labels([], [8, 9], END, max_length=1, too_long="cut") is None
-    assert with_labels([], [8, 9], END, max_length=2, too_long="cut")["labels"] == [8, 9]
+def test_rows_that_are_too_long_are_left_out_whole():
+    row = with_labels(PROMPT, ANSWER, END)
+    assert row == {"input_ids": [5, 6, 7, 8, 9, 1], "attention_mask": [1] * 6, "labels": [-100, -100, -100, 8, 9, 1]}
+    assert with_labels(PROMPT, ANSWER, END, max_length=6) == row
+    assert with_labels(PROMPT, ANSWER, END, max_length=5) is None
 
 
 class Letters:

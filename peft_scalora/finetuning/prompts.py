@@ -9,43 +9,33 @@ Encoded = dict[str, list[int]]
 
 
 def with_labels(
-    prompt: Sequence[int], answer: Sequence[int], end: int, max_length: int | None = None, too_long: str = "drop"
+    prompt: Sequence[int], answer: Sequence[int], end: int, max_length: int | None = None
 ) -> Encoded | None:
     """Return `input_ids`, `attention_mask` and `labels` of prompt, answer and end; the prompt's tokens have no label.
 
     Args:
-        prompt, answer: token ids; the prompt may be empty.
+        prompt, answer: token ids.
         end: the id of EOS.
-        max_length: tokens that a row may have; None for any number.
-        too_long: "drop" returns None for a longer row, since an answer that is cut teaches to stop anywhere. "cut"
-            returns its first `max_length` tokens, and None if the loss would be of none of them.
+        max_length: tokens that a row may have, None for any number. A longer one is None: an answer that is cut would
+            teach to stop anywhere.
     """
     ids = [*prompt, *answer, end]
-    labels = [IGNORED_LABEL] * len(prompt) + [*answer, end]
     if max_length is not None and len(ids) > max_length:
-        if too_long == "drop":
-            return None
-        ids = ids[:max_length]
-        labels = labels[:max_length]
-    if all(label == IGNORED_LABEL for label in labels[1:]):  # the first token is predicted from nothing
         return None
+    labels = [IGNORED_LABEL] * len(prompt) + [*answer, end]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def encode(
-    prompt: str, answer: str, tokenizer, max_length: int | None = None, too_long: str = "drop"
-) -> Encoded | None:
+def encode(prompt: str, answer: str, tokenizer, max_length: int | None = None) -> Encoded | None:
     """Return `with_labels` of the two, tokenized apart: the prompt's tokens are those that generation starts from."""
     prompt_ids = tokenizer(prompt)["input_ids"]
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return with_labels(prompt_ids, answer_ids, tokenizer.eos_token_id, max_length, too_long)
+    return with_labels(prompt_ids, answer_ids, tokenizer.eos_token_id, max_length)
 
 
-def encode_all(
-    pairs: Iterable[tuple[str, str]], tokenizer, max_length: int | None = None, too_long: str = "drop"
-) -> tuple[list[Encoded], int]:
-    """Return every (prompt, answer) that is not left out, encoded, and the number of those that are."""
-    encoded = [encode(prompt, answer, tokenizer, max_length, too_long) for prompt, answer in pairs]
+def encode_all(pairs: Iterable[tuple[str, str]], tokenizer, max_length: int | None = None) -> tuple[list[Encoded], int]:
+    """Return every (prompt, answer) that is not too long, encoded, and the number of those that are."""
+    encoded = [encode(prompt, answer, tokenizer, max_length) for prompt, answer in pairs]
     kept = [row for row in encoded if row is not None]
     return kept, len(encoded) - len(kept)
 

@@ -51,7 +51,7 @@ class ScaLoRAModel(LoraModel):
     def _pre_injection_hook(self, model: nn.Module, config: ScaLoRAConfig, adapter_name: str) -> None:
         """Take the fingerprint while the base model is whole: it may be sharded by the time it is saved."""
         super()._pre_injection_hook(model, config, adapter_name)
-        self.base_fingerprint = fingerprint(model, config.modules_to_save)
+        self.base_fingerprint = _fingerprint(model, config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; one that is added with the very configuration of a rescaled one becomes a copy of it.
@@ -194,9 +194,17 @@ def _tensor_parallel_plan(model: nn.Module, layer: nn.Module, name: str) -> str 
 
 
 def _base_fingerprint(model: nn.Module, config: ScaLoRAConfig) -> dict:
-    """Of a PeftModel, or of a transformers model that carries the adapter itself."""
+    """Return that of a PeftModel, or of a transformers model that carries the adapter itself."""
     tuner = getattr(model, "base_model", None)
-    return tuner.base_fingerprint if isinstance(tuner, ScaLoRAModel) else fingerprint(model, config.modules_to_save)
+    return tuner.base_fingerprint if isinstance(tuner, ScaLoRAModel) else _fingerprint(model, config)
+
+
+def _fingerprint(model: nn.Module, config: ScaLoRAConfig) -> dict:
+    """Return the fingerprint of the base weights without change that an adapter in training keeps in them."""
+    for layer in model.modules():
+        if isinstance(layer, ScaLoRALayer):
+            layer.restore_base()
+    return fingerprint(model, config.modules_to_save)
 
 
 def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 from helpers_adapters import save
-from helpers_models import KINDS, every_layer_kind, fill, floats, scalora_config, tiny_llama, tokens
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers_models import KINDS, every_layer_kind, fill, floats, scalora_config, tiny_llama, tokens, train
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DistilBertConfig
 
@@ -167,6 +167,17 @@ def test_adapters_that_transformers_carries(adapter, tmp_path):
     base.add_adapter(scalora_config(target_modules=["q_proj"]))
     base.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_fingerprint"] == expected
+
+
+def test_change_in_the_weights_of_a_base_in_training_is_none_of_its_fingerprint(adapter):
+    """A state dict that the caller made leaves the weights as training has them."""
+    base = load_base(adapter)
+    expected = fingerprint(base)
+    base.add_adapter(scalora_config(target_modules="all-linear"))
+    train(base, tokens(), 6)
+    state = {name: p for name, p in base.named_parameters() if "lora_" in name}
+    get_peft_model_state_dict(base, state_dict=state)
+    assert base.peft_config["default"].base_fingerprint == expected
 
 
 def test_weights_that_are_not_in_memory_have_no_values(adapter):

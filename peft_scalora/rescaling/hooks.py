@@ -132,7 +132,7 @@ def _count(optimizer: torch.optim.Optimizer) -> None:
         install_deepspeed_hook()  # the optimizer may be stepping a flat partition of all parameters
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Run before every step of every torch optimizer in the process."""
     if not _is_automatic or not LAYERS or getattr(optimizer, "rescales_itself", False):
         return None
@@ -183,7 +183,7 @@ def before_zero_step(engine: Any) -> None:
 
 def install_hook() -> None:
     """Make torch's optimizers rescale on their own; once per process."""
-    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_pre_hook(before_step)
 
 
 def install_deepspeed_hook() -> None:

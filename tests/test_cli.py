@@ -23,8 +23,11 @@ def without_torch(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
 
-    def run(*arguments):
-        command = [sys.executable, "-m", "peft_scalora", *arguments]
+    script = tmp_path / "peft-scalora"  # as pip writes it
+    script.write_text("import sys\nfrom peft_scalora.cli import main\nsys.exit(main())\n")
+
+    def run(*arguments, start=("-m", "peft_scalora")):
+        command = [sys.executable, *(start or [str(script)]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
 
     return run
@@ -35,6 +38,10 @@ def test_version_and_help_are_answered_without_torch(without_torch):
     listed = without_torch("--help").stdout
     assert all(f"    {name}" in listed for name in COMMANDS)
     assert "--lr-scheduler-type" in without_torch("finetune", "--help").stdout
+
+
+def test_the_installed_script_is_as_fast(without_torch):
+    assert without_torch("--version", start=None).stdout == f"peft-scalora {__version__}\n"
 
 
 def test_mistakes_are_answered_without_torch(without_torch):

@@ -21,7 +21,7 @@ from .output import claim_output, finished_metrics, is_main_process, refuse_fore
 from .quiet import quiet
 from .settings import CAUSAL_LM, FinetuneSettings
 from .sources import content_hash, load_rows
-from .training import NonFiniteLoss, StopOnNonFiniteLoss, classification_metrics, make_recording_trainer, say
+from .training import LogLines, NonFiniteLoss, StopOnNonFiniteLoss, classification_metrics, make_recording_trainer, say
 from .verdict import judge
 
 __all__ = [
@@ -101,8 +101,8 @@ def make_trainer(settings: FinetuneSettings):
         model = adapted_model(settings, data.classes)
         encoded, _ = _encode(settings, data, tokenizer, model)
     trainer = make_recording_trainer(settings, model, tokenizer, encoded["train"], encoded["eval"])
-    trainer.remove_callback(StopOnNonFiniteLoss)
-    trainer.remove_callback(ScaLoRACallback)
+    for callback in (StopOnNonFiniteLoss, ScaLoRACallback, LogLines):
+        trainer.remove_callback(callback)
     return trainer
 
 

@@ -34,7 +34,6 @@ from peft_scalora import ScaLoRAConfig
 from peft_scalora.files.atomic import replace_file
 from peft_scalora.files.tables import markdown
 from peft_scalora.plots import require_matplotlib, save_png
-from peft_scalora.rescaling.shape_group import ShapeGroup
 
 INTERVALS = (1, 10)
 
@@ -71,7 +70,6 @@ PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression", "car
 
 def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
     """Return mean seconds of the parts of one rescaling, each timed to its end; every second one recompresses."""
-    owners = {"solve": engine, "accumulate": engine, "fold": ShapeGroup, "carry": ShapeGroup}
     spent = {name: [] for name in (*PARTS.values(), "whole")}
     run.model(input_ids=ids, labels=ids).loss.backward()
     for _ in range(2 * repeats):
@@ -86,8 +84,8 @@ def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> d
             return call
 
         with contextlib.ExitStack() as stack:
-            for name, owner in owners.items():
-                stack.enter_context(mock.patch.object(owner, name, wrap(name, getattr(owner, name))))
+            for name in PARTS:
+                stack.enter_context(mock.patch.object(engine, name, wrap(name, getattr(engine, name))))
             whole = timed(device, lambda: peft_scalora.rescale(run.model, run.optimizer))
         for name, value in (*total.items(), ("whole", whole)):
             spent[name].append(value)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..layer import LAYERS, ScaLoRALayer
 from .moments import OptimizerState, check_state
 from .report import RescaleReport
-from .shape_group import ShapeGroup, Target, accumulate, solve
+from .shape_group import ShapeGroup, Target, accumulate, carry, fold, solve
 from .sharding import assemble, check_ranks, has_gradients, is_sharded
 
 # Optimizers that have been warned of.
@@ -143,12 +143,11 @@ def _rescale_whole(targets: list[Target], optimizer: OptimizerState, report: Res
             raise ValueError("ScaLoRA needs dense gradients: do not target nn.Embedding(sparse=True).")
         by_shape[target.group_key(optimizer)].append(target)
     groups = [ShapeGroup(group) for group in by_shape.values()]
-    solve(groups, optimizer, report)
-    for group in groups:
-        group.fold(report)
-    accumulate(groups, report)
-    for group in groups:
-        group.carry(optimizer)
+    scales = solve(groups, optimizer, report)
+    folds = [fold(group, group_scales, report) for group, group_scales in zip(groups, scales)]
+    accumulate(groups, folds, report)
+    for group, group_scales in zip(groups, scales):
+        carry(group, group_scales, optimizer)
     check_ranks(
         (f"{name} of layer {i}", tensor) for i, t in enumerate(targets) for name, tensor in t.rescaled_tensors().items()
     )

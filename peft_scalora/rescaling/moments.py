@@ -155,7 +155,8 @@ def multiply(tensors_KL: list[list[Tensor]], scale_KLR: Tensor, dim: int) -> Non
     stacked = torch.stack(tensors)
     shape = [len(tensors)] + [1] * (stacked.dim() - 1)
     shape[1 + dim] = scale_KLR.shape[-1]
-    torch._foreach_copy_(tensors, list((stacked * scale_KLR.reshape(shape)).unbind()))
+    stacked *= scale_KLR.reshape(shape)  # in float32 or better, rounded once
+    torch._foreach_copy_(tensors, list(stacked.unbind()))
 
 
 def carried_scales(powers: tuple[int, ...], own_LR: Tensor, other_LR: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """Adapters of one shape, rescaled with one set of kernels whatever their number.
 
-Nothing here waits for the accelerator: decisions that depend on a tensor's values are masks. What is small, (2R x 2R)
-and (K x K), is computed for all groups at once. Shape suffixes as in scaling.py and accumulator.py.
+A rescaling is a chain of stages, each of which returns what the next one needs: `solve` gives every group its
+`GroupScales`, `fold` the change that scaling takes out of the factors, `accumulate` adds folds to the accumulators, and
+`carry` scales factors, gradients and optimizer state. The parameters are written in the last two only.
+
+PEFT's names end in this file: lora_B is the left factor, lora_A the right one. Shape suffixes are those of
+`peft_scalora.maths`. Nothing here waits for the accelerator: decisions that depend on a tensor's values are masks. What
+is small, (2r x 2r) and (K x K), is computed for several groups at once.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +22,13 @@ from ..accumulator import Accumulator
 from ..layer import ScaLoRALayer
 from ..maths.accumulator import fold_factors, rounded_fold_factors, truncation
 from ..maths.scaling import SCALINGS, column_scales, gram_matrices
-from .moments import OptimizerState, carried_scales, carry
+from .moments import OptimizerState, carried_scales
+from .moments import carry as carry_state
 from .report import FoldGrams, RescaleReport
 
-# Float64 numbers that one recompression may hold at a time (256 MiB), so that many layers do not add up to a weight.
+# Float64 numbers that recompressions hold at a time (256 MiB), so that many layers do not add up to a weight.
 _WORKSPACE = 2**25
-# A recompression leaves up to this part of the R columns free, for whole folds that need none.
+# A recompression leaves up to this part of the capacity free, for whole folds that need none.
 _FREE_PART = 1 / 8
 
 
@@ -37,47 +43,125 @@ class Target:
     lr_B: float | Tensor | None
     lr_A: float | Tensor | None
 
-    def group_key(self, optimizer: OptimizerState) -> tuple:
-        """Targets with equal keys are rescaled as one batch."""
-        layer, adapter, config = self.layer, self.adapter, self.layer.scalora_config[self.adapter]
-        accumulator = self.accumulator
-        held = type(accumulator), accumulator.shape, accumulator.capacity, accumulator.columns
-        factors = (self.lora_B.shape, self.lora_A.shape, self.lora_B.dtype, self.lora_A.dtype, self.lora_B.device)
-        states = [tuple(optimizer.carried(factor)) for factor in (self.lora_B, self.lora_A)]
-        return *factors, *held, *states, config.scaling, layer.initial_scaling(adapter), self.squared_norms()
-
     @property
     def accumulator(self) -> Accumulator:
+        """The view of the change accumulated so far."""
         return self.layer.accumulator(self.adapter)
 
+    def group_key(self, optimizer: OptimizerState) -> tuple:
+        """Return what targets that are rescaled as one batch have in common."""
+        scaling, accumulator = self.layer.scalora_config[self.adapter].scaling, self.accumulator
+        held = type(accumulator), accumulator.shape, accumulator.capacity, accumulator.columns
+        factors = self.lora_B.shape, self.lora_A.shape, self.lora_B.dtype, self.lora_A.dtype, self.lora_B.device
+        states = [tuple(optimizer.carried(factor)) for factor in (self.lora_B, self.lora_A)]
+        return *factors, *held, *states, scaling, self.layer.initial_scaling(self.adapter), self.target_norms2()
+
     def rescaled_tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that a rescaling writes, apart from gradients and optimizer state."""
         return self.accumulator.tensors | {"lora_B": self.lora_B, "lora_A": self.lora_A}
 
-    def squared_norms(self) -> tuple[float, float] | None:
-        """Return the configured 1 / (L η s²) for α and for β, None where the rule's own is meant.
+    def target_norms2(self) -> tuple[float, float] | None:
+        """Return 1 / (L η s²) for α and for β; None where it is the initial column norm, which differs by layer.
 
-        Paper A is stepped with lora_B's rate, and α scales the gradient of lora_A: α belongs to lora_A's rate.
+        α scales the columns of lora_B, and with them the gradient of lora_A: it goes with lora_A's rate, and β with
+        lora_B's.
         """
         config = self.layer.scalora_config[self.adapter]
         if config.column_norm2 is not None:
             return config.column_norm2, config.column_norm2
-        smoothness = config.smoothness
-        if smoothness == "auto":
-            return None
+        if config.smoothness == "auto":
+            norm2 = SCALINGS[config.scaling].column_norm2
+            return None if norm2 is None else (norm2, norm2)
         lr_A, lr_B = float(self.lr_A or 0), float(self.lr_B or 0)
         if not (lr_A and lr_B):
             raise ValueError(
-                f"smoothness={smoothness!r} needs a learning rate above 0: pass the optimizer to rescale(), or use "
-                "smoothness='auto'."
+                f"smoothness={config.smoothness!r} needs a learning rate above 0: pass the optimizer to rescale(), or "
+                "use smoothness='auto'."
             )
         s2 = float(self.layer.scaling[self.adapter]) ** 2
-        return 1 / (smoothness * lr_A * s2), 1 / (smoothness * lr_B * s2)
+        return 1 / (config.smoothness * lr_A * s2), 1 / (config.smoothness * lr_B * s2)
 
 
-def _join(dim: int, dtype: torch.dtype, *kinds: list[Tensor]) -> Tensor:
-    """Matrices of L layers, of each kind one a layer, one above the other (dim 0) or side by side (dim 1)."""
+@dataclass(frozen=True)
+class ShapeGroup:
+    """Targets with one `group_key`."""
+
+    targets: list[Target]
+
+    @property
+    def lefts(self) -> list[nn.Parameter]:
+        return [target.lora_B for target in self.targets]
+
+    @property
+    def rights(self) -> list[nn.Parameter]:
+        return [target.lora_A for target in self.targets]
+
+    @property
+    def accumulators(self) -> list[Accumulator]:
+        return [target.accumulator for target in self.targets]
+
+    @property
+    def s(self) -> float:
+        """The scale at which change is folded."""
+        return self.targets[0].layer.initial_scaling(self.targets[0].adapter)
+
+    def powers(self, optimizer: OptimizerState) -> tuple[tuple[int, ...], ...]:
+        """Return the powers of the scale that the carried states of a left and of a right factor have."""
+        first = self.targets[0]
+        return tuple(tuple(optimizer.carried(factor).values()) for factor in (first.lora_B, first.lora_A))
+
+    def system_key(self, optimizer: OptimizerState) -> tuple:
+        """Return what groups have in common whose scales are solved for together."""
+        first = self.targets[0]
+        scaling = first.layer.scalora_config[first.adapter].scaling
+        return scaling, first.target_norms2(), *self.powers(optimizer), first.lora_A.shape[0], first.lora_A.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that factors are scaled in."""
+        return torch.promote_types(self.targets[0].lora_B.dtype, torch.float32)
+
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """Return the Gram matrices of [left, its gradient] and of [gradient of right; right], (L, 2r, 2r)."""
+        lefts, rights = self.lefts, self.rights
+        return gram_matrices(
+            _join(1, torch.float64, lefts, [left.grad for left in lefts]),
+            _join(0, torch.float64, [right.grad for right in rights], rights),
+        )
+
+
+@dataclass(frozen=True)
+class GroupScales:
+    """Scales of a batch of layers in float32, and of what is carried with them."""
+
+    alpha_Lr: Tensor
+    beta_Lr: Tensor
+    folded_Lr: Tensor  # 1 - α∘β
+    skipped_L: Tensor
+    carried_left_KLr: Tensor  # `carried_scales` of the left factors
+    carried_right_KLr: Tensor
+
+    def split(self, sizes: list[int]) -> list[GroupScales]:
+        """Return the scales of consecutive parts of the batch."""
+        by_layer = self.alpha_Lr, self.beta_Lr, self.folded_Lr, self.skipped_L
+        by_kind = self.carried_left_KLr, self.carried_right_KLr
+        parts = [t.split(sizes) for t in by_layer] + [t.split(sizes, dim=1) for t in by_kind]
+        return [GroupScales(*part) for part in zip(*parts)]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The change U V, float32, that scaling takes out of the factors of a group: zero for skipped layers."""
+
+    U_LMK: Tensor
+    V_LKN: Tensor
+
+
+def _join(dim: int, dtype: torch.dtype, *kinds: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return matrices of L layers, of each kind one a layer, one above the other (dim 0) or side by side (dim 1)."""
     kinds = [[tensor.detach().flatten(1) for tensor in kind] for kind in kinds]
-    sizes, shape = [kind[0].shape[dim] for kind in kinds], list(kinds[0][0].shape)
+    sizes = [kind[0].shape[dim] for kind in kinds]
+    shape = list(kinds[0][0].shape)
     shape[dim] = sum(sizes)
     joined = torch.empty(len(kinds[0]), *shape, dtype=dtype, device=kinds[0][0].device)
     targets = [target for part in joined.split(sizes, dim=1 + dim) for target in part.unbind()]
@@ -85,153 +169,118 @@ def _join(dim: int, dtype: torch.dtype, *kinds: list[Tensor]) -> Tensor:
     return joined
 
 
-class ShapeGroup:
-    """Targets with one `group_key`; holds their factors and gradients, float32 or better."""
-
-    def __init__(self, targets: list[Target]):
-        self.targets, self.layer, self.adapter = targets, targets[0].layer, targets[0].adapter
-        self.params_B, self.params_A = [t.lora_B for t in targets], [t.lora_A for t in targets]
-        dtype = torch.promote_types(self.params_B[0].dtype, torch.float32)
-        self.S_A_LMK = _join(1, dtype, self.params_B, [p.grad for p in self.params_B])
-        self.S_B_LKN = _join(0, dtype, [p.grad for p in self.params_A], self.params_A)
-        self.A_LMR, self.B_LRN = self.S_A_LMK.chunk(2, -1)[0], self.S_B_LKN.chunk(2, -2)[1]
-        self.s = self.layer.initial_scaling(self.adapter)
-        self.scaling = self.layer.scalora_config[self.adapter].scaling
-        self.accumulators = [target.accumulator for target in targets]
-
-    def take_scales(
-        self,
-        alpha_LR: Tensor,
-        beta_LR: Tensor,
-        folded_LR: Tensor,
-        skipped_L: Tensor,
-        carried_B: Tensor,
-        carried_A: Tensor,
-    ) -> None:
-        """α, β, 1 - α∘β, which layers are skipped, and the `carried_scales` of lora_B and of lora_A."""
-        self.alpha_LR, self.beta_LR, self.folded_LR, self.skipped_L = alpha_LR, beta_LR, folded_LR, skipped_L
-        self.carried_B_KLR, self.carried_A_KLR = carried_B, carried_A
-
-    def fold(self, report: RescaleReport) -> None:
-        """The factors dU, dV of what scaling takes out of the factors, all zero for skipped layers."""
-        A_LMR, B_LRN, alpha_LR, beta_LR = self.A_LMR, self.B_LRN, self.alpha_LR, self.beta_LR
-        dtype_B, dtype_A = self.params_B[0].dtype, self.params_A[0].dtype
-        new_A_LMR = (A_LMR * alpha_LR[:, None]).to(dtype_B).to(A_LMR.dtype)
-        new_B_LRN = (B_LRN * beta_LR[..., None]).to(dtype_A).to(B_LRN.dtype)
-        if min(torch.finfo(dtype).bits for dtype in (dtype_A, dtype_B)) < 32:
-            dU_LMR, dV_LRN = rounded_fold_factors(A_LMR, B_LRN, new_A_LMR, new_B_LRN, self.s)
-        else:
-            dU_LMR, dV_LRN = fold_factors(A_LMR, B_LRN, self.folded_LR, self.s)
-        skipped_L11 = self.skipped_L[:, None, None]
-        self.dU_LMR, self.dV_LRN = (torch.where(skipped_L11, 0, t).float() for t in (dU_LMR, dV_LRN))
-        grams = gram_matrices(
-            _join(1, torch.float64, A_LMR, new_A_LMR, self.dU_LMR),
-            _join(0, torch.float64, B_LRN, new_B_LRN, self.dV_LRN),
-        )
-        report.folds.append(FoldGrams(*grams, A_LMR.shape[-1], self.s, self.skipped_L))
-        del self.S_A_LMK, self.S_B_LKN, self.A_LMR, self.B_LRN
-
-    def carry(self, optimizer: OptimizerState) -> None:
-        """Scale factors, gradients and optimizer state."""
-        carry(optimizer, self.params_B, self.carried_B_KLR, dim=1)
-        carry(optimizer, self.params_A, self.carried_A_KLR, dim=0)
-        for target in self.targets:
-            target.layer.progress(target.adapter).rescalings += 1
-
-    # The accumulators.
-
-    @property
-    def columns(self) -> int:
-        """Columns that the accumulators have in use with this fold."""
-        return self.accumulators[0].columns + self.dU_LMR.shape[-1]
-
-    @property
-    def kept(self) -> int:
-        """Columns that a recompression keeps: all where R columns hold any change without loss."""
-        capacity, added = self.accumulators[0].capacity, self.dU_LMR.shape[-1]
-        return capacity if self.accumulators[0].is_lossless else capacity - int(capacity * _FREE_PART) // added * added
-
-    def fits(self) -> bool:
-        return self.accumulators[0].fits(self.dU_LMR.shape[-1])
-
-    def append(self) -> None:
-        """Add folds that fit."""
-        type(self.accumulators[0]).append(self.accumulators, self.dU_LMR, self.dV_LRN)
-
-    def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """[U | dU] and [V; dV] in float64, a few layers at a time."""
-        step = max(1, _WORKSPACE // ((self.dU_LMR.shape[-2] + self.dV_LRN.shape[-1]) * self.columns))
-        for start in range(0, len(self.accumulators), step):
-            part = slice(start, start + step)
-            U, V = zip(*(accumulator.in_use() for accumulator in self.accumulators[part]))
-            P_LMK = _join(1, torch.float64, U, self.dU_LMR[part])
-            yield part, P_LMK, _join(0, torch.float64, V, self.dV_LRN[part])
-
-    def grams(self) -> tuple[Tensor, Tensor]:
-        """Gram matrices of [U | dU] and [V; dV]."""
-        grams = [gram_matrices(P_LMK, Q_LKN) for _, P_LMK, Q_LKN in self._parts()]
-        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grams))
-
-    def compress(self, left_LKR: Tensor, right_LRK: Tensor) -> None:
-        """Replace U by [U | dU] left and V by right [V; dV]."""
-        for part, P_LMK, Q_LKN in self._parts():
-            accumulators = self.accumulators[part]
-            type(accumulators[0]).replace(accumulators, P_LMK @ left_LKR[part], right_LRK[part] @ Q_LKN)
+def _cat(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Join the first and the second tensors of pairs along their layers."""
+    return [tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in zip(*pairs)]
 
 
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _target_norms(
-    targets: list[Target], norms: tuple[float, float] | None, default: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return 1 / (L η s²) for α and for β, of each layer: `norms`, else the rule's default, else the initial norm."""
-    initial_L = torch.stack([t.layer.scalora_norms[t.adapter] for t in targets])[:, 0]
-    if norms is None and default is None:
-        return initial_L, initial_L
-    alpha, beta = norms or (default, default)
-    return torch.full_like(initial_L, alpha), torch.full_like(initial_L, beta)
-
-
-def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleReport) -> None:
-    """Give every group its `scales`, and those of its optimizer state."""
+def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleReport) -> list[GroupScales]:
+    """Return the scales of every group, those of one rank and rule in one batch."""
     by_system = defaultdict(list)
-    for group in groups:
-        powers = [tuple(optimizer.carried(p[0]).values()) for p in (group.params_B, group.params_A)]
-        key = group.A_LMR.shape[-1], group.scaling, group.targets[0].squared_norms(), group.A_LMR.device, *powers
-        by_system[key].append(group)
-    for (_, scaling, norms, _, powers_B, powers_A), batch in by_system.items():
-        grams = zip(*(gram_matrices(group.S_A_LMK, group.S_B_LKN) for group in batch))
-        targets_norms = _target_norms(
-            [target for group in batch for target in group.targets], norms, SCALINGS[scaling].column_norm2
-        )
-        scales = column_scales(*map(_cat, grams), *targets_norms, scaling)
+    for index, group in enumerate(groups):
+        by_system[group.system_key(optimizer)].append(index)
+    solved = {}
+    for (scaling, target_norms2, powers_left, powers_right, *_), indices in by_system.items():
+        batch = [groups[index] for index in indices]
+        grams = _cat(group.grams() for group in batch)
+        targets = [target for group in batch for target in group.targets]
+        scales = column_scales(*grams, *_target_norms2(targets, target_norms2), scaling)
         report.scales.append(scales)
         # Rounded once here, so that the fold and the factors use the same scales.
-        alpha_LR, beta_LR = scales.alpha_Lr.float(), scales.beta_Lr.float()
-        by_layer = alpha_LR, beta_LR, 1 - alpha_LR * beta_LR, scales.skipped_L
-        carried = carried_scales(powers_B, alpha_LR, beta_LR), carried_scales(powers_A, beta_LR, alpha_LR)
-        sizes = [len(group.targets) for group in batch]
-        split = zip(*(t.split(sizes) for t in by_layer), *(t.split(sizes, dim=1) for t in carried))
-        for group, parts in zip(batch, split):
-            group.take_scales(*parts)
+        alpha_Lr, beta_Lr = scales.alpha_Lr.float(), scales.beta_Lr.float()
+        carried = carried_scales(powers_left, alpha_Lr, beta_Lr), carried_scales(powers_right, beta_Lr, alpha_Lr)
+        whole = GroupScales(alpha_Lr, beta_Lr, 1 - alpha_Lr * beta_Lr, scales.skipped_L, *carried)
+        solved |= zip(indices, whole.split([len(group.targets) for group in batch]))
+    return [solved[index] for index in range(len(groups))]
 
 
-def accumulate(groups: list[ShapeGroup], report: RescaleReport) -> None:
-    """Add every group's folds to its accumulators, recompressing those that are full."""
+def _target_norms2(targets: list[Target], given: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
+    """Return 1 / (L η s²) for α and for β, of each layer: as given, else the column norms at the start."""
+    initial_L = torch.stack([target.layer.scalora_norms[target.adapter] for target in targets])[:, 0]
+    if given is None:
+        return initial_L, initial_L
+    return torch.full_like(initial_L, given[0]), torch.full_like(initial_L, given[1])
+
+
+def fold(group: ShapeGroup, scales: GroupScales, report: RescaleReport) -> Fold:
+    """Return what scaling takes out of the factors, rounding them to their dtype included."""
+    lefts, rights = group.lefts, group.rights
+    left_LMr, right_LrN = _join(1, group.dtype, lefts), _join(0, group.dtype, rights)
+    # As `moments.multiply` will round them.
+    new_left_LMr = (left_LMr * scales.alpha_Lr[:, None]).to(lefts[0].dtype).to(group.dtype)
+    new_right_LrN = (right_LrN * scales.beta_Lr[..., None]).to(rights[0].dtype).to(group.dtype)
+    if min(torch.finfo(factors[0].dtype).bits for factors in (lefts, rights)) < 32:
+        U_LMK, V_LKN = rounded_fold_factors(left_LMr, right_LrN, new_left_LMr, new_right_LrN, group.s)
+    else:
+        U_LMK, V_LKN = fold_factors(left_LMr, right_LrN, scales.folded_Lr, group.s)
+    skipped_L11 = scales.skipped_L[:, None, None]
+    U_LMK = torch.where(skipped_L11, 0, U_LMK).float()
+    V_LKN = torch.where(skipped_L11, 0, V_LKN).float()
+    grams = gram_matrices(
+        _join(1, torch.float64, left_LMr, new_left_LMr, U_LMK), _join(0, torch.float64, right_LrN, new_right_LrN, V_LKN)
+    )
+    report.folds.append(FoldGrams(*grams, left_LMr.shape[-1], group.s, scales.skipped_L))
+    return Fold(U_LMK, V_LKN)
+
+
+def accumulate(groups: list[ShapeGroup], folds: list[Fold], report: RescaleReport) -> None:
+    """Add every group's fold to its accumulators, recompressing those that are full."""
     full = defaultdict(list)
-    for group in groups:
-        if group.fits():
-            group.append()
+    for group, change in zip(groups, folds):
+        accumulators, added = group.accumulators, change.V_LKN.shape[-2]
+        if accumulators[0].fits(added):
+            type(accumulators[0]).append(accumulators, change.U_LMK, change.V_LKN)
         else:
-            full[group.columns, group.kept, group.dU_LMR.device].append(group)
-    for (_, kept, _), batch in full.items():
-        grams = zip(*(group.grams() for group in batch))
-        left_LKR, right_LRK, discarded_L = truncation(*map(_cat, grams), kept)
-        report.discarded_norms.append(discarded_L)
-        norms = [t.layer.scalora_norms[t.adapter][1:] for group in batch for t in group.targets]
-        torch._foreach_add_(norms, list(discarded_L.float()[:, None].unbind()))
-        sizes = [len(group.targets) for group in batch]
-        for group, left, right in zip(batch, left_LKR.split(sizes), right_LRK.split(sizes)):
-            group.compress(left, right)
+            kept = _columns_kept(accumulators[0], added)
+            full[accumulators[0].columns + added, kept, change.V_LKN.device].append((group, change))
+    for (columns, kept, _), batch in full.items():
+        for pieces in _pieces(batch, columns):
+            _recompress(pieces, kept, report)
+
+
+def _columns_kept(accumulator: Accumulator, added: int) -> int:
+    """Return the columns that a recompression keeps: all where they hold any change without loss."""
+    if accumulator.is_lossless:
+        return accumulator.capacity
+    return accumulator.capacity - int(accumulator.capacity * _FREE_PART) // added * added
+
+
+def _pieces(batch: list[tuple[ShapeGroup, Fold]], columns: int) -> Iterator[list[tuple[list[Target], Fold]]]:
+    """Cut full accumulators into batches, of which each fits the workspace, of layers of one shape."""
+    pieces, free = [], _WORKSPACE
+    for group, change in batch:
+        size = (change.U_LMK.shape[-2] + change.V_LKN.shape[-1]) * columns
+        start = 0
+        while start < len(group.targets):
+            if pieces and free < size:
+                yield pieces
+                pieces, free = [], _WORKSPACE
+            part = slice(start, start + max(1, free // size))
+            pieces.append((group.targets[part], Fold(change.U_LMK[part], change.V_LKN[part])))
+            start += len(group.targets[part])
+            free -= size * len(group.targets[part])
+    yield pieces
+
+
+def _recompress(pieces: list[tuple[list[Target], Fold]], kept: int, report: RescaleReport) -> None:
+    """Replace U V of full accumulators by the best approximation of rank `kept` of U V and their folds."""
+    joined = []
+    for targets, change in pieces:
+        U, V = zip(*(target.accumulator.in_use() for target in targets))
+        joined.append((_join(1, torch.float64, U, change.U_LMK), _join(0, torch.float64, V, change.V_LKN)))
+    left_LKC, right_LCK, discarded_L = truncation(*_cat(gram_matrices(*pair) for pair in joined), kept)
+    report.discarded_norms.append(discarded_L)
+    norms = [target.layer.scalora_norms[target.adapter][1:] for targets, _ in pieces for target in targets]
+    torch._foreach_add_(norms, list(discarded_L.float()[:, None].unbind()))
+    sizes = [len(targets) for targets, _ in pieces]
+    for (targets, _), (P_LMK, Q_LKN), left, right in zip(pieces, joined, left_LKC.split(sizes), right_LCK.split(sizes)):
+        accumulators = [target.accumulator for target in targets]
+        type(accumulators[0]).replace(accumulators, P_LMK @ left, right @ Q_LKN)
+
+
+def carry(group: ShapeGroup, scales: GroupScales, optimizer: OptimizerState) -> None:
+    """Scale factors, gradients and optimizer state, and count the rescaling."""
+    carry_state(optimizer, group.lefts, scales.carried_left_KLr, dim=1)
+    carry_state(optimizer, group.rights, scales.carried_right_KLr, dim=0)
+    for target in group.targets:
+        target.layer.progress(target.adapter).rescalings += 1

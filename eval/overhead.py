@@ -23,13 +23,12 @@ from unittest import mock
 
 import torch
 import transformers
-from peft import get_peft_model_state_dict
 
 import peft_scalora
 import peft_scalora.rescaling.engine as engine
-from eval.harness.memory import peak_bytes
 from eval.harness.timing import quartiles, ratios, timed, with_interval
-from eval.overhead_runs import SHAPES, Run, configurations, make_base, make_run
+from eval.overhead_bill import bill_of
+from eval.overhead_runs import SHAPES, Method, Run, make_base, make_run, methods
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.files.atomic import replace_file
 from peft_scalora.files.tables import markdown
@@ -38,31 +37,40 @@ from peft_scalora.plots import require_matplotlib, save_png
 INTERVALS = (1, 10)
 
 
-def measure(base, configs: dict, ids: torch.Tensor, repeats: int, device: str) -> dict:
-    """Return seconds of every step by method, and bytes of memory and of the checkpoint."""
-    runs, memory, sizes = {}, {}, {}
-    for name, config in configs.items():
+def measure(base, methods: dict[str, Method], ids: torch.Tensor, repeats: int, device: str) -> dict:
+    """Return seconds of every step by method, and its bill."""
+    runs = {}
+    for name, method in methods.items():
         gc.collect()
-        runs[name] = make_run(base, config, ids)
-        sizes[name] = sum(t.nbytes for t in get_peft_model_state_dict(runs[name].model).values())
-        memory[name] = memory_of(runs[name], ids)
+        runs[name] = make_run(base, method, ids)
     seconds = {name: [] for name in runs}
-    # Recompression takes turns with a plain fold: two steps of each method make one measurement.
+    # A recompression takes turns with a plain fold, and so does a merge: two steps of each make one measurement.
     for repeat in range(repeats):
         for name, run in runs.items():
             seconds[name].append(statistics.mean(timed(device, lambda run=run: run.step(ids)) for _ in range(2)))
         print(
             f"repeat {repeat + 1}/{repeats}: " + ", ".join(f"{n} {s[-1]:.3f}" for n, s in seconds.items()), flush=True
         )
-    return {"seconds": seconds, "memory_bytes": memory, "checkpoint_bytes": sizes, "runs": runs}
+    bills = {name: bill_of(run, ids).as_dict() for name, run in runs.items()}
+    return {"seconds": seconds, "bills": bills, "runs": runs}
 
 
 def summarize(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    without, rescaling = seconds["scalora, no rescaling"], seconds["scalora, rescaling"]
-    rows = {name: values for name, values in seconds.items() if not name.startswith("scalora")}
-    rows |= {f"scalora I={i}": with_interval(without, rescaling, i) for i in INTERVALS}
-    rows["scalora, no rescaling"] = without
+    """Return step time over LoRA's by method; a rescaling in every step is spread over its interval."""
+    rows = {}
+    for name, values in seconds.items():
+        kind, _, part = name.partition(", ")
+        if part == "rescaling":
+            without = seconds[f"{kind}, no rescaling"]
+            rows |= {f"scalora {kind}, I={i}": with_interval(without, values, i) for i in INTERVALS}
+        elif part != "no rescaling":
+            rows[name] = values
     return {name: {"seconds": statistics.median(v), **ratios(v, seconds["lora"])} for name, v in rows.items()}
+
+
+def bill_name(name: str) -> str:
+    """Return the run whose bill belongs to a row of the summary."""
+    return f"{name.removeprefix('scalora ').partition(',')[0]}, rescaling" if name.startswith("scalora") else name
 
 
 PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression", "carry": "transport"}
@@ -91,19 +99,6 @@ def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> d
             spent[name].append(value)
     run.optimizer.zero_grad()
     return {name: statistics.mean(values) for name, values in spent.items()}
-
-
-def memory_of(run: Run, ids: torch.Tensor) -> dict[str, int]:
-    """Return bytes: what the adapter keeps, the peak a step adds to it and, of ScaLoRA, a rescaling adds."""
-    kept = sum(t.nbytes for t in get_peft_model_state_dict(run.model).values())
-    state = sum(v.nbytes for s in run.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
-    memory = {"adapter": kept, "optimizer": state, "step": peak_bytes(lambda: run.step(ids))}
-    if isinstance(run.model.peft_config["default"], ScaLoRAConfig):
-        run.model(input_ids=ids, labels=ids).loss.backward()
-        calls = [peak_bytes(lambda: peft_scalora.rescale(run.model, run.optimizer)) for _ in range(2)]
-        memory["rescaling"] = max(calls)
-        run.optimizer.zero_grad()
-    return memory
 
 
 def floor(base, r: int, rank: int, tokens: int, device: str) -> dict[str, float]:
@@ -146,21 +141,17 @@ def draw(path: str, summary: dict, title: str) -> None:
     save_png(figure, path)
 
 
-def total_memory(memory: dict[str, int], base: int) -> int:
-    """Return peak bytes of training: what stays, and the larger of what a step and a rescaling add."""
-    return base + memory["adapter"] + memory["optimizer"] + max(memory["step"], memory.get("rescaling", 0))
-
-
 def table(result: dict) -> str:
-    """Return a Markdown table of time, memory and checkpoint size by method."""
-    memory = {name: total_memory(m, result["base_bytes"]) for name, m in result["memory_bytes"].items()}
+    """Return a Markdown table of time, bytes and rank by method."""
+    bills = result["bills"]
     rows = []
     for name, row in result["summary"].items():
-        key = "scalora, rescaling" if name.startswith("scalora I") else name
-        size = f"{result['checkpoint_bytes'][key] / 2**20:.1f}"
-        rows.append([name, quartiles(row), f"{memory[key] / memory['lora']:.3f}", size])
-    header = ["method", "step time over LoRA (quartiles)", "peak memory over LoRA", "checkpoint, MiB"]
-    return markdown(header, rows)
+        bill = bills[bill_name(name)]
+        relative = [f"{bill[part] / bills['lora'][part]:.3f}" for part in ("outside_of_rescalings", "peak")]
+        sizes = [f"{bill[part] / 2**20:.1f}" for part in ("host", "factors", "file")]
+        rows.append([name, quartiles(row), *relative, *sizes, str(bill["served_rank"] or "not served")])
+    header = ["method", "step time over LoRA (quartiles)", "device bytes over LoRA", "with rescalings"]
+    return markdown([*header, "host, MiB", "all-reduce a step, MiB", "file, MiB", "vLLM's rank"], rows)
 
 
 def parse() -> argparse.Namespace:
@@ -173,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--accumulator-rank", type=int, help="R; 8 r unless given")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on a GPU unless given")
     parser.add_argument("--methods", nargs="+", help="only these beside LoRA and ScaLoRA")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--output", default="runs/overhead")
@@ -182,14 +174,15 @@ def parse() -> argparse.Namespace:
 def measure_all(arguments: argparse.Namespace, device: str) -> dict:
     """Return seconds, memory and sizes of every method, with what they were measured on."""
     shape = SHAPES[arguments.shape]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
     base = make_base(shape, arguments.layers, dtype, device, arguments.checkpointing)
     rows = max(1, arguments.tokens // arguments.sequence)
     ids = torch.randint(0, shape[5], (rows, arguments.tokens // rows), device=device)
-    configs = configurations(arguments.r, arguments.accumulator_rank)
+    chosen = methods(arguments.r, arguments.accumulator_rank)
     if arguments.methods is not None:
-        configs = {n: c for n, c in configs.items() if n == "lora" or n.startswith("scalora") or n in arguments.methods}
-    measured = measure(base, configs, ids, arguments.repeats, device)
+        scalora = {name for name, method in chosen.items() if isinstance(method.config, ScaLoRAConfig)}
+        chosen = {name: m for name, m in chosen.items() if name in {"lora", *scalora, *arguments.methods}}
+    measured = measure(base, chosen, ids, arguments.repeats, device)
     runs = measured.pop("runs")
     return {
         "settings": vars(arguments) | {"device": device, "dtype": str(dtype), "threads": torch.get_num_threads()},
@@ -199,7 +192,9 @@ def measure_all(arguments: argparse.Namespace, device: str) -> dict:
             "python": platform.python_version(),
         },
         "summary": summarize(measured["seconds"]),
-        "rescaling_seconds": split_rescaling(runs["scalora, rescaling"], ids, 3, device),
+        "rescaling_seconds": {
+            kind: split_rescaling(runs[f"{kind}, rescaling"], ids, 3, device) for kind in ("merged", "factored")
+        },
         "floor": floor(base, arguments.r, arguments.accumulator_rank, arguments.tokens, device),
         "base_bytes": sum(p.nbytes for p in base.parameters()),
         **measured,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import peft_scalora
 from eval.harness.timing import timed, with_interval
-from eval.overhead_runs import configurations, make_base, make_run
+from eval.overhead_runs import make_base, make_run, methods
 from peft_scalora.files.atomic import replace_file
 from peft_scalora.files.tables import markdown
 from peft_scalora.plots import require_matplotlib, save_png
@@ -49,8 +49,8 @@ def measure_point(point: dict[str, int], repeats: int, device: str) -> dict:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     base = make_base(shape, None, dtype, device, checkpointing=False)
     ids = torch.randint(0, 1024, (1, point["tokens"]), device=device)
-    methods = configurations(point["r"], point["R"])
-    lora, scalora = (make_run(base, methods[name], ids) for name in ("lora", "scalora, no rescaling"))
+    known = methods(point["r"], point["R"])
+    lora, scalora = (make_run(base, known[name], ids) for name in ("lora", "factored, no rescaling"))
     seconds = {"lora": [], "scalora": [], "rescaling": []}
     for _ in range(repeats):
         seconds["lora"].append(timed(device, lambda: lora.step(ids)))

@@ -62,8 +62,8 @@ class ScaLoRAConfig(LoraConfig):
         scaling_interval: optimizer steps from one rescaling to the next, I. 1 is ScaLoRA, more is ScaLoRA-I.
         smoothness: the smoothness constant L of the loss, which with the learning rate η sets the target norm of the
             columns; or "auto": `column_norm2` sets it.
-        column_norm2: the squared norm 1 / (L η s²) that orthogonal columns are brought to. None means the rule's own:
-            1 for "shrink", for the others the mean squared column norm of the freshly initialised factor.
+        column_norm2: the squared norm 1 / (L η s²) that orthogonal columns are brought to. None means the mean squared
+            column norm of the freshly initialised factor, and 3 times that for "shrink".
         accumulator: where folded change acts in training, a name in `peft_scalora.accumulator.ACCUMULATORS`.
             "factored": beside the base weight, as U V with U (out x R) and V (R x in). "merged": in the base weight
             while its adapter trains, at the price of LoRA of rank r; all else sees the base as it was, and files hold

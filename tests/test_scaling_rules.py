@@ -23,7 +23,7 @@ def smaller_only(problem):
 
 @pytest.fixture
 def rule(monkeypatch):
-    monkeypatch.setitem(SCALINGS, "smaller", Scaling(smaller_only, column_norm2=0.6))
+    monkeypatch.setitem(SCALINGS, "smaller", Scaling(smaller_only, initial_norms=2.0))
     return "smaller"
 
 
@@ -51,7 +51,8 @@ def test_a_rule_from_outside_scales_as_it_says(rule, smoothness):
     report = rescale(model, optimizer)
     shrunk = kept = by_column = 0
     for layer, before, G in cases:
-        target2 = 0.6 if smoothness == "auto" else 1 / (smoothness * 0.05 * layer.scaling["default"] ** 2)
+        initial = float(layer.scalora_norms["default"][0])
+        target2 = 2 * initial if smoothness == "auto" else 1 / (smoothness * 0.05 * layer.scaling["default"] ** 2)
         expected, used_column = transcription(*before, G, target2)
         by_column += used_column
         for got, want in zip(scales_between(before, factors_of(layer)), expected):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import GENERIC, stack
+from helpers import GENERIC, RULES, stack
 from helpers_rescale import Net, adapted, change, factors_of, fill_factors, layers_of, random_gradients, scales_between
 from helpers_scaling import ETA, SHAPES, TARGET2, L, S, batch_of, grams, scales_of
 from reference import column_scaling, scalar_scaling
@@ -58,11 +58,10 @@ def test_columns_below_the_target_are_left_alone():
     assert (scales.alpha_Lr <= 1).all()
 
 
-def test_the_target_is_the_rule_s_own_unless_the_configuration_names_one():
-    """1 for this rule, the norm of the initialised factor for the paper's."""
-    assert SCALINGS["shrink"].column_norm2 == 1.0
-    assert {SCALINGS[name].column_norm2 for name in ("column", "scalar", "exact")} == {None}
-    for column_norm2, target2 in ((None, 1.0), (0.3, 0.3)):
+def test_the_target_follows_the_initial_norm_unless_the_configuration_names_one():
+    """3 times the norm of the initialised factor for this rule, once for the paper's."""
+    assert {name: SCALINGS[name].initial_norms for name in RULES} == dict.fromkeys(SCALINGS, 1) | {"shrink": 3}
+    for column_norm2 in (None, 0.3):
         torch.manual_seed(0)
         model = fill_factors(adapted(Net(), scaling="shrink", column_norm2=column_norm2), size=1.0)
         before, expected = [], []
@@ -72,6 +71,7 @@ def test_the_target_is_the_rule_s_own_unless_the_configuration_names_one():
             set_gradients(layer, G)
             before.append((layer, factors_of(layer)))
             lora_B, lora_A = factors_of(layer)
+            target2 = column_norm2 or 3 * float(layer.scalora_norms["default"][0])
             scales = transcription(lora_B, lora_A.T, G, 1 / target2, 1, 1)
             floors = [0.1 * math.sqrt(target2) / np.linalg.norm(X, axis=0) for X in (lora_B, lora_A.T)]
             expected.append([np.maximum(x, np.minimum(floor, 1)) for x, floor in zip(scales, floors)])

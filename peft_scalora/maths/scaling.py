@@ -165,12 +165,12 @@ class Scaling:
         rule: a function of a `Problem` that returns the squared scales α² and β² as one _L2r, none negative, and which
             layers were scaled how, {label: bool mask_L}, every layer in one. Reports and logs count by these labels. It
             reads no device value.
-        column_norm2: the rule's own target, where the configuration names neither smoothness nor column_norm2; None
-            means the mean squared column norm of the freshly initialised factor.
+        initial_norms: the squared norm that columns are brought to where the configuration names none, in units of the
+            mean squared column norm of the freshly initialised factor.
     """
 
     rule: Callable[[Problem], tuple[Tensor, dict[str, Tensor]]]
-    column_norm2: float | None = None
+    initial_norms: float = 1.0
 
 
 def column_rule(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,7 +216,7 @@ SCALINGS: dict[str, Scaling] = {
     "column": Scaling(column_rule),
     "scalar": Scaling(scalar_rule),
     "exact": Scaling(exact_rule),
-    "shrink": Scaling(shrink_rule, column_norm2=1.0),
+    "shrink": Scaling(shrink_rule, initial_norms=3.0),
 }
 
 

@@ -61,7 +61,7 @@ class Target:
         return self.accumulator.tensors | {"lora_B": self.lora_B, "lora_A": self.lora_A}
 
     def target_norms2(self) -> tuple[float, float] | None:
-        """Return 1 / (L η s²) for α and for β; None where it is the initial column norm, which differs by layer.
+        """Return 1 / (L η s²) for α and for β; None where it follows the initial column norm, which differs by layer.
 
         α scales the columns of lora_B, and with them the gradient of lora_A: it goes with lora_A's rate, and β with
         lora_B's.
@@ -70,8 +70,7 @@ class Target:
         if config.column_norm2 is not None:
             return config.column_norm2, config.column_norm2
         if config.smoothness == "auto":
-            norm2 = SCALINGS[config.scaling].column_norm2
-            return None if norm2 is None else (norm2, norm2)
+            return None
         lr_A, lr_B = float(self.lr_A or 0), float(self.lr_B or 0)
         if not (lr_A and lr_B):
             raise ValueError(
@@ -184,7 +183,7 @@ def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleRe
         batch = [groups[index] for index in indices]
         grams = _cat(group.grams() for group in batch)
         targets = [target for group in batch for target in group.targets]
-        scales = column_scales(*grams, *_target_norms2(targets, target_norms2), scaling)
+        scales = column_scales(*grams, *_target_norms2(targets, target_norms2, scaling), scaling)
         report.scales.append(scales)
         # Rounded once here, so that the fold and the factors use the same scales.
         alpha_Lr, beta_Lr = scales.alpha_Lr.float(), scales.beta_Lr.float()
@@ -194,11 +193,12 @@ def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleRe
     return [solved[index] for index in range(len(groups))]
 
 
-def _target_norms2(targets: list[Target], given: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
-    """Return 1 / (L η s²) for α and for β, of each layer: as given, else the column norms at the start."""
+def _target_norms2(targets: list[Target], given: tuple[float, float] | None, scaling: str) -> tuple[Tensor, Tensor]:
+    """Return 1 / (L η s²) for α and for β, of each layer: as given, else as the rule makes it of the initial norm."""
     initial_L = torch.stack([target.layer.scalora_norms[target.adapter] for target in targets])[:, 0]
     if given is None:
-        return initial_L, initial_L
+        target_L = SCALINGS[scaling].initial_norms * initial_L
+        return target_L, target_L
     return torch.full_like(initial_L, given[0]), torch.full_like(initial_L, given[1])
 
 

@@ -65,13 +65,16 @@ BREAKS = {
         "del peft.tuners.lora.layer.VARIANT_KWARG_KEYS",
         "peft.tuners.lora.layer:VARIANT_KWARG_KEYS",
     ),
-    "a removed function": ("del peft.utils.other.get_pattern_key", "peft.utils.other:get_pattern_key"),
+    "a removed function": (
+        "del peft.utils.save_and_load._validate_lora_adapter_state_dict",
+        "peft.utils.save_and_load:_validate_lora_adapter_state_dict",
+    ),
 }
 
 
 @pytest.mark.parametrize("broken, name", BREAKS.values(), ids=BREAKS)
 def test_an_import_without_a_part_names_library_part_and_remedy(broken, name):
-    script = f"import peft, peft.tuners.lora.layer, peft.utils.other\n{broken}\nimport peft_scalora"
+    script = f"import peft, peft.tuners.lora.layer, peft.utils.save_and_load\n{broken}\nimport peft_scalora"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode, "imported as if nothing were missing"
     message = done.stderr.strip().splitlines()[-1]

@@ -52,7 +52,8 @@ def test_a_run_changes_what_is_trainable_and_nothing_else(kind, method, tmp_path
     assert [step for step, _, _ in figures["losses"]] == [1, 2, 3]
     assert all(math.isfinite(loss) for _, _, loss in figures["losses"])
     assert figures["trainable_parameters"] == sum(p.numel() for p in trainable(model).values()) > 0
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    after = model.state_dict()  # in which base weights are without the change that they hold while they are trained
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
     merged = {name for name in before if method == "relora" and name.endswith("base_layer.weight")}
     unused = {name for name in before if "position_embeddings" in name or "token_type" in name}
     assert changed - merged <= trainable(model).keys()
@@ -213,7 +214,7 @@ def test_without_moment_transport_only_the_moments_differ():
         assert not torch.equal(after[name], before[name])
 
 
-def test_a_run_without_moment_transport_uses_the_optimizer_of_the_ablation(rules_of_its_own, tmp_path):
+def test_a_run_without_moment_transport_uses_the_optimizer_of_the_ablation(tmp_path):
     assert prepared("llama", "scalora", moment_transport=False).optimizer[0] is UncarriedAdamW
     losses = [
         [loss for _, _, loss in run("llama", "scalora", tmp_path / str(t), steps=5, moment_transport=t)[1]["losses"]]

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from peft_scalora.stability import prepend_warmup, search_warmup, study, sweep_learning_rate
 from peft_scalora.stability.learning_rate import learning_rate_grid
-from peft_scalora.stability.runs import final_loss
+from peft_scalora.stability.runs import Run, final_loss
 from peft_scalora.stability.study import Point, Study, sqlite_storage
 
 
@@ -199,6 +199,32 @@ def test_two_processes_share_a_study(tmp_path, worker, monkeypatch):
     assert sorted([*here, taken]) == grid
     assert (tmp_path / "worker.txt").read_text() == f"{taken!r}\n"
     assert sweep.best_learning_rate == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("looks", [1, 2, 3])
+def test_what_another_process_finishes_between_two_looks_is_not_run_again(tmp_path, monkeypatch, looks):
+    point, here, seen = Point("sweep", 0.1), [], []
+    mine = Study(sqlite_storage(tmp_path), "learning_rate")
+    other = optuna.load_study(storage=sqlite_storage(tmp_path), study_name="learning_rate")
+    other.enqueue_trial({}, user_attrs={"point": vars(point)})
+    trial = other.ask()
+    trial.set_user_attr("losses", [1.0, 0.5])
+    get_trials = optuna.Study.get_trials
+
+    def look(self, *arguments, **options):
+        found = get_trials(self, *arguments, **options)
+        seen.append(found)
+        if len(seen) == looks:
+            other.tell(trial.number, 0.5)
+        return found
+
+    def train(point):
+        here.append(point)
+        return Run([1.0], 1.0)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", look)
+    assert mine.run([point], train, "rates") == {point: Run([1.0, 0.5], 0.5)}
+    assert not here
 
 
 def set_back(database, table, column):

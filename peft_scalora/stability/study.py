@@ -106,12 +106,13 @@ class Study:
         with tqdm(total=len(points), desc=title, disable=None) as progress, warnings.catch_warnings():
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)  # heartbeats are, by name
             while True:
+                # Before the results: what another process finishes between the two is then in both, and not in neither.
+                waiting, running = self._unfinished()
                 results = self.results()
                 progress.update(sum(point in results for point in points) - progress.n)
                 missing = [point for point in points if point not in results]
                 if not missing:
                     return results
-                waiting, running = self._unfinished()
                 free = [point for point in missing if point not in running]
                 if not waiting and free:
                     # At random, or processes that start together would all begin with the same point.

@@ -1,7 +1,7 @@
-"""The accumulated change U V of rank K ≤ R: folding into it, and recompressing it.
+"""The accumulated change U V, of K columns in use out of C: folding into it, and recompressing it.
 
-Shape suffixes: L layers of one shape, M out_features, N in_features, R adapter rank, K accumulated columns.
-A product P Q (P of M x K, Q of K x N) is handled through its K x K Gram matrices in float64; nothing M x N is formed.
+Names and shape suffixes are those of `peft_scalora.maths`. A product P Q (P of M x K, Q of K x N) is handled through
+its K x K Gram matrices in float64; nothing M x N is formed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ GRAM_TOLERANCE = 1e-14
 SUM_WORKSPACE = 2**22
 
 
-def fold_factors(A_LMR: Tensor, B_LRN: Tensor, folded_LR: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Factors of the fold s (A B - Ã B̃) = s A diag(1 - α∘β) B: (U_LMR, V_LRN), given folded = 1 - α∘β.
+def fold_factors(left_LMr: Tensor, right_LrN: Tensor, folded_Lr: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Return U_LMr and V_LrN of the fold s left right - s (left α) (β right) = s left diag(1 - α∘β) right.
 
-    B is the paper's B transposed, as PEFT stores it.
+    Args:
+        folded_Lr: 1 - α∘β.
     """
-    return A_LMR * (s * folded_LR)[..., None, :], B_LRN
+    return left_LMr * (s * folded_Lr)[..., None, :], right_LrN
 
 
 def rounded_fold_factors(
-    A_LMR: Tensor, B_LRN: Tensor, new_A_LMR: Tensor, new_B_LRN: Tensor, s: float
+    left_LMr: Tensor, right_LrN: Tensor, new_left_LMr: Tensor, new_right_LrN: Tensor, s: float
 ) -> tuple[Tensor, Tensor]:
-    """The same for factors that scaling has rounded (bfloat16, float16): s [A, -Ã] [B; B̃], of rank 2 R."""
-    return s * torch.cat([A_LMR, -new_A_LMR], -1), torch.cat([B_LRN, new_B_LRN], -2)
+    """Return U_LMK and V_LKN, K = 2r, of the fold s left right - s new_left new_right.
+
+    For new factors that rounding has moved from the scaled ones (bfloat16, float16).
+    """
+    return s * torch.cat([left_LMr, -new_left_LMr], -1), torch.cat([right_LrN, new_right_LrN], -2)
 
 
 def _spectrum(gram_P_LKK: Tensor, gram_Q_LKK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular values (ascending) of P Q, and K x K matrices that turn P and Q into its singular vectors.
+    """Return the singular values (ascending) of P Q, and K x K matrices that turn P and Q into its singular vectors.
 
     With PᵀP = E Λ Eᵀ and Λ^½ Eᵀ (Q Qᵀ) E Λ^½ = F Σ² Fᵀ: P Q = (P E Λ^-½ F) Σ (Σ^-1 Fᵀ Λ^½ Eᵀ Q).
     Returns Σ_LK, left_LKK = E Λ^-½ F and right_LKK = Fᵀ Λ^½ Eᵀ; Σ is nan where P or Q is not finite.
@@ -54,31 +58,33 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def singular_values(P_LMK: Tensor, Q_LKN: Tensor) -> Tensor:
-    """Singular values of P Q, descending, float64; those below about 1e-7 of the largest are rounding."""
+    """Return the singular values of P Q, descending, float64; those below about 1e-7 of the largest are rounding."""
     return _spectrum(*gram_matrices(P_LMK, Q_LKN))[0].flip(-1)
 
 
 def truncation(gram_P_LKK: Tensor, gram_Q_LKK: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-`rank` approximation of P Q as balanced factors P left and right Q (both carry Σ^½).
+    """Return the best rank-`rank` approximation of P Q as balanced factors P left and right Q (both carry Σ^½).
 
-    Returns left_LKR, right_LRK and the Frobenius norm of what is left out, discarded_L; all float64.
+    Returns:
+        left_LKC and right_LCK, of C = min(rank, K) columns, and the Frobenius norm of what is left out, discarded_L;
+        all float64.
     """
     sigma_LK, left_LKK, right_LKK = _spectrum(gram_P_LKK, gram_Q_LKK)
     rank = min(rank, sigma_LK.shape[-1])
-    root_LR, discarded_LK = sigma_LK[..., -rank:].sqrt(), sigma_LK[..., :-rank]
-    left_LKR = left_LKK[..., -rank:] * root_LR[..., None, :]
-    right_LRK = right_LKK[..., -rank:, :] * _inverse(root_LR)[..., None]
-    return left_LKR, right_LRK, discarded_LK.square().sum(-1).sqrt()
+    root_LC, discarded_LK = sigma_LK[..., -rank:].sqrt(), sigma_LK[..., :-rank]
+    left_LKC = left_LKK[..., -rank:] * root_LC[..., None, :]
+    right_LCK = right_LKK[..., -rank:, :] * _inverse(root_LC)[..., None]
+    return left_LKC, right_LCK, discarded_LK.square().sum(-1).sqrt()
 
 
 def truncate(P_LMK: Tensor, Q_LKN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U_LMR and V_LRN, float32, of the best approximation of P Q, and the norm of what it leaves out."""
-    left_LKR, right_LRK, discarded_L = truncation(*gram_matrices(P_LMK, Q_LKN), rank)
-    return (P_LMK.double() @ left_LKR).float(), (right_LRK @ Q_LKN.double()).float(), discarded_L
+    """Return U_LMC and V_LCN, float32, of the best approximation of P Q, and the norm of what it leaves out."""
+    left_LKC, right_LCK, discarded_L = truncation(*gram_matrices(P_LMK, Q_LKN), rank)
+    return (P_LMK.double() @ left_LKC).float(), (right_LCK @ Q_LKN.double()).float(), discarded_L
 
 
 def effective_rank(sigma_LK: Tensor, tol: float) -> Tensor:
-    """Number of singular values above `tol` times the largest, per layer (0 for a zero change)."""
+    """Return the number of singular values above `tol` times the largest, per layer (0 for a zero change)."""
     return (sigma_LK > tol * sigma_LK[..., :1]).sum(-1)
 
 

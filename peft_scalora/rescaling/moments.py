@@ -144,8 +144,8 @@ def _known_names() -> list[str]:
     return sorted({*RULES, *(cls.__name__ for cls in _registered)})
 
 
-def multiply(tensors_KL: list[list[Tensor]], scale_KLR: Tensor, dim: int) -> None:
-    """Multiply K kinds of matrices of L layers in place, kind k of layer l by scale_KLR[k, l] along `dim` (0 rows,
+def multiply(tensors_KL: list[list[Tensor]], scale_KLr: Tensor, dim: int) -> None:
+    """Multiply K kinds of matrices of L layers in place, kind k of layer l by scale_KLr[k, l] along `dim` (0 rows,
     1 columns).
 
     All have one shape; convolution kernels count as matrices of their flattened trailing dimensions. The product is
@@ -154,32 +154,32 @@ def multiply(tensors_KL: list[list[Tensor]], scale_KLR: Tensor, dim: int) -> Non
     tensors = [tensor.detach() for kind in tensors_KL for tensor in kind]
     stacked = torch.stack(tensors)
     shape = [len(tensors)] + [1] * (stacked.dim() - 1)
-    shape[1 + dim] = scale_KLR.shape[-1]
-    stacked *= scale_KLR.reshape(shape)  # in float32 or better, rounded once
+    shape[1 + dim] = scale_KLr.shape[-1]
+    stacked *= scale_KLr.reshape(shape)  # in float32 or better, rounded once
     torch._foreach_copy_(tensors, list(stacked.unbind()))
 
 
-def carried_scales(powers: tuple[int, ...], own_LR: Tensor, other_LR: Tensor) -> Tensor:
+def carried_scales(powers: tuple[int, ...], own_Lr: Tensor, other_Lr: Tensor) -> Tensor:
     """Scales (K, L, R) of a factor, of its gradient and of its carried states, which have these powers."""
-    by_power = {power: other_LR if power == 1 else other_LR**power for power in {1, *powers}}
-    return torch.stack([own_LR, other_LR, *(by_power[power] for power in powers)])
+    by_power = {power: other_Lr if power == 1 else other_Lr**power for power in {1, *powers}}
+    return torch.stack([own_Lr, other_Lr, *(by_power[power] for power in powers)])
 
 
-def carry(optimizer: OptimizerState, params: list[Tensor], scale_KLR: Tensor, dim: int) -> None:
+def carry(optimizer: OptimizerState, params: list[Tensor], scale_KLr: Tensor, dim: int) -> None:
     """Multiply factors of one shape with the same carried states, their gradients and these states, by their
     `carried_scales`."""
     kinds, dense = [params, [p.grad for p in params]], [0, 1]
     for k, name in enumerate(optimizer.carried(params[0]), start=2):
         states = [optimizer.state[p] for p in params]
         if states[0][name].dtype == torch.uint8:
-            _multiply_quantized(states, name, scale_KLR[k], dim)
+            _multiply_quantized(states, name, scale_KLr[k], dim)
         else:
             kinds.append([state[name] for state in states])
             dense.append(k)
-    multiply(kinds, scale_KLR if len(dense) == len(scale_KLR) else torch.stack([scale_KLR[k] for k in dense]), dim)
+    multiply(kinds, scale_KLr if len(dense) == len(scale_KLr) else torch.stack([scale_KLr[k] for k in dense]), dim)
 
 
-def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: int) -> None:
+def _multiply_quantized(states: list[dict], name: str, scale_Lr: Tensor, dim: int) -> None:
     """The same for bitsandbytes' blockwise 8-bit states: to float32, multiply, back with new block maxima."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
@@ -188,9 +188,9 @@ def _multiply_quantized(states: list[dict], name: str, scale_LR: Tensor, dim: in
     values = [
         dequantize_blockwise(s[name], absmax=s[absmax], code=s[code], blocksize=_BITSANDBYTES_BLOCK) for s in states
     ]
-    multiply([values], scale_LR[None], dim)
+    multiply([values], scale_Lr[None], dim)
     # Quantizing again is not the identity: what is not scaled keeps its bits.
-    for state, value, scaled in zip(states, values, (scale_LR != 1).any(-1)):
+    for state, value, scaled in zip(states, values, (scale_Lr != 1).any(-1)):
         quantized, quant_state = quantize_blockwise(value, code=state[code], blocksize=_BITSANDBYTES_BLOCK)
         state[name].copy_(torch.where(scaled, quantized, state[name]))
         state[absmax].copy_(torch.where(scaled, quant_state.absmax, state[absmax]))

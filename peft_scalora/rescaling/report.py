@@ -13,20 +13,23 @@ from ..maths.scaling import SCALINGS, Scales
 
 @dataclass(frozen=True)
 class FoldGrams:
-    """Gram matrices PᵀP and QᵀQ of P = [A, Ã, U] and Q = [B, B̃, Vᵀ], for a fold U V of s A Bᵀ - s Ã B̃ᵀ."""
+    """Gram matrices PᵀP and Q Qᵀ of P = [left, new left, U] and Q = [right; new right; V], for a fold U V."""
 
     gram_P_LKK: Tensor
     gram_Q_LKK: Tensor
-    R: int
+    r: int
     s: float
     skipped_L: Tensor
 
     def error(self) -> float:
-        """Largest ‖A Bᵀ - Ã B̃ᵀ - U V / s‖_F / ‖A Bᵀ‖_F of a layer that was scaled; its own floor is 1e-8."""
-        K = self.gram_P_LKK.shape[-1]
-        signs_K = torch.tensor([1.0] * self.R + [-1.0] * self.R + [-1 / self.s] * (K - 2 * self.R), dtype=torch.float64)
+        """Return the largest ‖s left right - s new_left new_right - U V‖_F / ‖s left right‖_F of a scaled layer.
+
+        Its own floor is 1e-8.
+        """
+        r, K = self.r, self.gram_P_LKK.shape[-1]
+        signs_K = torch.tensor([1.0] * r + [-1.0] * r + [-1 / self.s] * (K - 2 * r), dtype=torch.float64)
         products_LKK = (self.gram_P_LKK * self.gram_Q_LKK).cpu() * signs_K[:, None] * signs_K
-        whole_L = products_LKK[:, : self.R, : self.R].sum((-2, -1))
+        whole_L = products_LKK[:, :r, :r].sum((-2, -1))
         error_L = (products_LKK.sum((-2, -1)).clamp(min=0) / whole_L).sqrt()
         return float(torch.where((whole_L == 0) | self.skipped_L.cpu(), 0, error_L).max())
 
@@ -43,7 +46,8 @@ class RescaleReport:
             layers without a gradient, with a zero one, or with one that is not finite.
         column, scalar, exact, skipped: the counts of these labels. Theorem 5, Theorem 3 and the non-negative problem.
         median_log_alpha: median of |log α| over all columns of the layers that were scaled.
-        fold_error: largest ‖s A Bᵀ - s Ã B̃ᵀ - fold‖_F / ‖s A Bᵀ‖_F of a layer: the error of its function by rounding.
+        fold_error: largest ‖s A Bᵀ - s Ã B̃ᵀ - fold‖_F / ‖s A Bᵀ‖_F of a layer (the paper's A and B): what rounding
+            did to its function.
         discarded: Frobenius norm, over all layers, of what recompressions left out.
     """
 

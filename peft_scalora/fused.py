@@ -25,7 +25,8 @@ def _is_for_peft(argument: str) -> bool:
 
 def _product_dtype(factor: Tensor) -> torch.dtype:
     device = factor.device.type
-    autocast = torch.is_autocast_enabled(device) and factor.dtype != torch.float64
+    has_autocast = torch.amp.is_autocast_available(device)  # "meta" has none
+    autocast = has_autocast and torch.is_autocast_enabled(device) and factor.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else factor.dtype
 
 
@@ -67,7 +68,9 @@ class FusedLinear:
         if is_called_with_more or not adapters or not _is_plain(base) or torch.compiler.is_compiling():
             return "adapters"
         dtype = _product_dtype(factors[0].weight)
-        is_frozen = all(p.dtype == dtype and not p.requires_grad for p in base.parameters())
+        # Not base.parameters(): in a replica of nn.DataParallel the weights are no parameters.
+        weights = [base.weight] if base.bias is None else [base.weight, base.bias]
+        is_frozen = all(weight.dtype == dtype and not weight.requires_grad for weight in weights)
         same_input = x.dtype.is_floating_point and not self._is_dropping(adapters[0])
         return "all" if is_frozen and same_input else "adapters"
 

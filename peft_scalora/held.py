@@ -1,7 +1,8 @@
-"""Saved state of an adapter that keeps its dtype, or its place on the host, whatever the model is cast or moved to."""
+"""Saved state of an adapter that keeps its dtype whatever the model is cast to, or that the host works with."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,16 +14,73 @@ class Held(nn.Module):
         self.register_buffer("weight", tensor)
 
     def _apply(self, fn, recurse=True):
-        moved = fn(self.weight)
-        self.weight = moved if moved.dtype == self.weight.dtype else self.weight.to(moved.device)
+        tensor = self._buffers["weight"]
+        moved = fn(tensor)
+        self._buffers["weight"] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return self
 
 
 class HostHeld(Held):
-    """A few numbers that stay on the CPU, where reading one does not wait for the accelerator."""
+    """A few numbers that the host reads and writes without waiting for a device, saved as the buffer `weight`.
+
+    The buffer moves with the model like any other, so that whatever walks, sends or compares buffers finds nothing
+    unusual. Only whoever asks for it makes it say what the numbers are: a state dict, a copy, hotswapping. As they may
+    write to it, the numbers are read from it again when they are next needed.
+    """
+
+    _numbers: list[float] | None = None  # None: what the buffer says
+
+    def __init__(self, tensor: Tensor):
+        super().__init__(tensor)
+        self._buffers = _AskedFor(self)
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers, to read and to write."""
+        if self._numbers is None:
+            tensor = dict.__getitem__(self._buffers, "weight")
+            self._numbers = [0] * len(tensor) if tensor.is_meta else tensor.tolist()
+        return self._numbers
+
+    def hand_over(self) -> None:
+        """Make the buffer say what the numbers are."""
+        tensor = dict.__getitem__(self._buffers, "weight")
+        if self._numbers is not None and not tensor.is_meta:
+            with torch.no_grad():
+                tensor.copy_(torch.tensor(self._numbers, dtype=tensor.dtype))
+            self._numbers = None
 
     def _apply(self, fn, recurse=True):
+        dict.__setitem__(self._buffers, "weight", fn(dict.__getitem__(self._buffers, "weight")))
         return self
+
+    def __getstate__(self) -> dict:
+        self.hand_over()
+        return self.__dict__ | {"_buffers": dict(self._buffers)}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._buffers = _AskedFor(self)
+
+
+class _AskedFor(dict):
+    """The buffers of a module that hands them over when they are asked for."""
+
+    def __init__(self, module: HostHeld):
+        super().__init__(module._buffers)
+        self.module = module
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.module.hand_over()
+        return super().__getitem__(name)
+
+    def items(self):
+        self.module.hand_over()
+        return super().items()
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        super().__setitem__(name, tensor)
+        self.module._numbers = None
 
 
 class HeldDict(nn.ModuleDict):
@@ -38,34 +96,34 @@ class HeldDict(nn.ModuleDict):
 
 
 class HostHeldDict(HeldDict):
-    held = HostHeld
+    """Adapter name -> tensor of numbers that the host works with."""
 
-    def __getitem__(self, key: str) -> Tensor:
-        held = nn.ModuleDict.__getitem__(self, key)
-        if held.weight.device.type not in ("cpu", "meta"):  # loading with assign=True puts it where the file was read
-            held.weight = held.weight.cpu()
-        return held.weight
+    held = HostHeld
 
 
 class _Number:
-    """One entry of `Progress.numbers` as a Python int."""
+    """One entry of `Progress.numbers`."""
 
     def __init__(self, index: int):
         self.index = index
 
     def __get__(self, progress: Progress, owner: type) -> int:
-        return progress.numbers[self.index].item()
+        return progress.numbers[self.index]
 
     def __set__(self, progress: Progress, value: int) -> None:
         progress.numbers[self.index] = value
 
 
 class Progress:
-    """What the host has to know of one adapter in one layer: a view of the saved tensor `scalora_progress`."""
+    """Counts of one adapter in one layer: a view of what is saved as `scalora_progress`."""
 
     steps = _Number(0)  # optimizer steps seen
     rescalings = _Number(1)
     columns = _Number(2)  # columns of U in use
 
-    def __init__(self, numbers: Tensor):
-        self.numbers = numbers
+    def __init__(self, held: HostHeld):
+        self.held = held
+
+    @property
+    def numbers(self) -> list[int]:
+        return self.held.numbers

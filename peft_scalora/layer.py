@@ -32,7 +32,7 @@ class ScaLoRALayer(MergeableLayer):
         lora_B, lora_A = self.factors(adapter)
         shape = lora_B.shape[0], lora_A.flatten(1).shape[1]
         device = self._accumulator_device()
-        self.hold("scalora_progress", adapter, torch.zeros(3, dtype=torch.int64, device="cpu"), HostHeldDict)
+        self.hold("scalora_progress", adapter, torch.zeros(3, dtype=torch.int64, device=device), HostHeldDict)
         self.accumulator(adapter).allocate(shape, config.accumulator_rank_for(self.r[adapter], *shape), device)
         discarded = torch.zeros((), device=device)
         norms = torch.stack([self._initial_column_norm2(adapter).to(device), discarded])
@@ -82,7 +82,7 @@ class ScaLoRALayer(MergeableLayer):
         return self.lora_B[adapter].weight, self.lora_A[adapter].weight
 
     def progress(self, adapter: str) -> Progress:
-        return Progress(self.scalora_progress[adapter])
+        return Progress(self.scalora_progress.get_submodule(adapter))
 
     def initial_scaling(self, adapter: str) -> float:
         """s = lora_alpha / r (or / sqrt(r)) as configured: the scale at which change is folded into U V."""
@@ -171,8 +171,7 @@ class ScaLoRALayer(MergeableLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if self.has_accumulator(adapter_name):
             for held in self._held(adapter_name).values():
-                if not isinstance(held, HostHeldDict):
-                    held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
+                held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
             norms = self.scalora_norms[adapter_name]
             # A plain LoRA adapter, loaded over factors that had no values yet.
             if not norms.is_meta and norms[0].isnan():

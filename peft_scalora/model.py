@@ -298,7 +298,7 @@ def _is_trained(layer: ScaLoRALayer, adapter: str, config: ScaLoRAConfig) -> boo
 def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
     """A layer that was trained though nobody counted its steps would be plain LoRA without anybody noticing."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, ScaLoRALayer) and m.has_accumulator(adapter)}
-    uncounted = [name for name, layer in layers.items() if not layer.progress(adapter).numbers.any()]
+    uncounted = [name for name, layer in layers.items() if not any(layer.progress(adapter).numbers)]
     missed = [name for name in uncounted if _is_trained(layers[name], adapter, config)]
     if missed:
         warnings.warn(

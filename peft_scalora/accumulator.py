@@ -77,10 +77,24 @@ class Accumulator:
         return self.capacity >= min(self.shape)
 
     @property
+    def fold_scale(self) -> float:
+        """The scale s at which change is folded into U V; saved with it."""
+        held = self.layer.scalora_scale.get_submodule(self.adapter)
+        if held.numbers[0] == 0:  # hotswapping found none in a file of version 0.1
+            self.layer.scalora_scale[self.adapter].fill_(float(self.layer.scaling[self.adapter]) or 1.0)
+        return as_configured(held.numbers[0], self.layer.initial_scaling(self.adapter))
+
+    @property
     def scale(self) -> float | Tensor:
-        """The factor that U V is applied with: 1 unless set_scale, scale_layer or the like have moved the adapter."""
-        initial = self.layer.initial_scaling(self.adapter)
-        return self.layer.scaling[self.adapter] / initial if initial else 1.0
+        """The factor that U V is applied with, so that it scales as the factors do.
+
+        1 unless the adapter's scale has been moved since, by another lora_alpha, set_scale, scale_layer or the like.
+        """
+        now = self.layer.scaling[self.adapter]
+        if torch.compiler.is_compiling():  # no guard on a number that hotswapping may change
+            stored = self.layer.scalora_scale[self.adapter]
+            return now / torch.where(stored == 0, now, stored)
+        return now / self.fold_scale
 
     def in_use(self) -> tuple[Tensor, Tensor]:
         """Return the columns of U and rows of V in use, perhaps none, as they are stored: before `scale`."""
@@ -143,6 +157,11 @@ class Accumulator:
             torch._foreach_zero_(unused + [each.layer.scalora_V[each.adapter][columns:] for each in accumulators])
         for each in accumulators:
             each.columns = columns
+
+
+def as_configured(stored: float, configured: float) -> float:
+    """Return the scale that was stored; as configured if that differs by no more than rounding to bfloat16."""
+    return configured if abs(stored - configured) <= 2**-8 * abs(configured) else stored
 
 
 def _copy(targets: list[Tensor], source_LMN: Tensor) -> None:

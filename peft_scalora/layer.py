@@ -33,6 +33,7 @@ class ScaLoRALayer(MergeableLayer):
         shape = lora_B.shape[0], lora_A.flatten(1).shape[1]
         device = self._accumulator_device()
         self.hold("scalora_progress", adapter, torch.zeros(3, dtype=torch.int64, device=device), HostHeldDict)
+        self.hold("scalora_scale", adapter, self._own_scale(adapter).to(device), HostHeldDict)
         self.accumulator(adapter).allocate(shape, config.accumulator_rank_for(self.r[adapter], *shape), device)
         discarded = torch.zeros((), device=device)
         norms = torch.stack([self._initial_column_norm2(adapter).to(device), discarded])
@@ -85,9 +86,13 @@ class ScaLoRALayer(MergeableLayer):
         return Progress(self.scalora_progress.get_submodule(adapter))
 
     def initial_scaling(self, adapter: str) -> float:
-        """s = lora_alpha / r (or / sqrt(r)) as configured: the scale at which change is folded into U V."""
+        """Return s = lora_alpha / r (or / sqrt(r)) as configured, whatever set_scale and the like have made of it."""
         r = self.r[adapter]
         return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def _own_scale(self, adapter: str) -> Tensor:
+        """Return the scale to fold at; of an adapter whose own is 0, any other will do."""
+        return torch.tensor([self.initial_scaling(adapter) or 1.0], dtype=torch.float32)
 
     def low_rank_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return U V x of one dtype. Shapes: x (..., in), U (out, K), V (K, in) -> (..., out)."""
@@ -181,6 +186,9 @@ class ScaLoRALayer(MergeableLayer):
         """As PyTorch loads a module; what earlier versions saved is brought into the form of this one."""
         own = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         state_dict.update(upgraded(own))
+        for adapter in self.scalora_config:  # version 0.1 saved no scale: it was that of the configuration
+            if f"{prefix}scalora_progress.{adapter}.weight" in state_dict:
+                state_dict.setdefault(f"{prefix}scalora_scale.{adapter}.weight", self._own_scale(adapter))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict) -> None:
@@ -196,6 +204,8 @@ class ScaLoRALayer(MergeableLayer):
         state = upgraded({f"{name}.weight": each[adapter] for name, each in held.items()})
         for name, each in held.items():
             each[adapter] = state[f"{name}.weight"]
+        if "scalora_scale" not in held:
+            self.hold("scalora_scale", adapter, self._own_scale(adapter).to(each[adapter].device), HostHeldDict)
 
 
 class _EmbeddingMixin(ScaLoRALayer):

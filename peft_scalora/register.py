@@ -15,7 +15,6 @@ SCALORA = ScaLoRAPeftType.SCALORA
 # A hotswapped adapter brings tensors, not its configuration: these have to agree.
 _HOTSWAP_FIELDS = [
     "r",
-    "lora_alpha",
     "use_rslora",
     "lora_dropout",
     "alpha_pattern",

@@ -111,8 +111,8 @@ def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
     """With the scale that the layer has, which need not be that of its configuration."""
     if saved.U is None:
         return saved
-    U = saved.U * float(layer.accumulator(adapter).scale)
-    return replace(saved, scaling=float(layer.scaling[adapter]), U=U)
+    fold_scale = layer.accumulator(adapter).fold_scale
+    return replace(saved, scaling=float(layer.scaling[adapter]), fold_scale=fold_scale)
 
 
 def export_folder(folder: str, path: str, rank: int | None = None, dtype: torch.dtype = torch.float32) -> ExportReport:

@@ -10,11 +10,12 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..accumulator import ACCUMULATORS
+from ..accumulator import ACCUMULATORS, as_configured
 from ..config import ScaLoRAConfig
 from ..files.checks import (
     FACTOR_KEYS,
     PROGRESS_KEY,
+    SCALE_KEY,
     WEIGHTS_NAME,
     check_folder,
     check_values,
@@ -26,7 +27,10 @@ from ..files.upgrade import upgraded
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One adapted layer: its factors as they are saved, its scale s, and its accumulated change (None: plain LoRA)."""
+    """One adapted layer: its factors, its scale s, and its accumulated change at the scale it was folded at.
+
+    U and V are None for plain LoRA.
+    """
 
     key_B: str
     key_A: str
@@ -35,14 +39,16 @@ class SavedLayer:
     scaling: float
     U: Tensor | None
     V: Tensor | None
+    fold_scale: float
     discarded: float
 
     def change_factors(self) -> tuple[Tensor, Tensor]:
-        """P (out x k) and Q (k x in), float32, with P Q = s B A + U V."""
+        """Return P (out x k) and Q (k x in), float32, whose product is the weight change: s B A and U V at scale s."""
         P, Q = self.lora_B.flatten(1).float() * self.scaling, self.lora_A.flatten(1).float()
         if self.U is None:
             return P, Q
-        return torch.cat([P, self.U], 1), torch.cat([Q, self.V], 0)
+        U = self.U if self.fold_scale == self.scaling else self.U * (self.scaling / self.fold_scale)
+        return torch.cat([P, U], 1), torch.cat([Q, self.V], 0)
 
 
 def saved_layers(state: dict[str, Tensor], config: ScaLoRAConfig) -> dict[str, SavedLayer]:
@@ -54,15 +60,18 @@ def saved_layers(state: dict[str, Tensor], config: ScaLoRAConfig) -> dict[str, S
                 continue
             name = key.removesuffix(f".{suffix_A}")
             U = V = None
+            scaling = _scaling(config, name, state[key].shape[0])
+            fold_scale = scaling or 1.0
             discarded = 0.0
             if f"{name}.{PROGRESS_KEY}" in state:
                 accumulator = ACCUMULATORS[config.accumulator]
                 tensors = {part: state[f"{name}.{part}.weight"] for part in accumulator.shapes((0, 0), 0)}
                 U, V = accumulator.stored(tensors, columns=int(state[f"{name}.{PROGRESS_KEY}"][2]))
+                if f"{name}.{SCALE_KEY}" in state:
+                    fold_scale = as_configured(float(state[f"{name}.{SCALE_KEY}"]), scaling)
                 discarded = float(state[f"{name}.scalora_norms.weight"][1])
             key_B = f"{name}.{suffix_B}"
-            scaling = _scaling(config, name, state[key].shape[0])
-            layers[name] = SavedLayer(key_B, key, state[key_B], state[key], scaling, U, V, discarded)
+            layers[name] = SavedLayer(key_B, key, state[key_B], state[key], scaling, U, V, fold_scale, discarded)
     return layers
 
 

@@ -30,6 +30,7 @@ _OTHER_WEIGHTS = {
 FACTOR_KEYS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
 PREFIX = "base_model.model."  # of a saved layer, before its name in the base model
 PROGRESS_KEY = "scalora_progress.weight"
+SCALE_KEY = "scalora_scale.weight"  # which version 0.1 did not save
 _STATE_SHAPES = {"scalora_norms.weight": (2,), PROGRESS_KEY: (3,)}
 _REMEDY = "The adapter is damaged or not what it says: fetch or save it again."
 
@@ -95,6 +96,8 @@ def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, confi
         expected[f"{key}.weight"] = shape
     if shapes.get(f"{name}scalora_V.weight") == (0, in_features):
         expected.update(_dense_shapes(config, r, out_features, in_features))
+    if name + SCALE_KEY in shapes:
+        expected[SCALE_KEY] = (1,)
     for key, shape in expected.items():
         if shapes.get(name + key) != shape:
             raise ValueError(

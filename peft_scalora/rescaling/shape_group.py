@@ -54,7 +54,7 @@ class Target:
         held = type(accumulator), accumulator.shape, accumulator.capacity, accumulator.columns
         factors = self.lora_B.shape, self.lora_A.shape, self.lora_B.dtype, self.lora_A.dtype, self.lora_B.device
         states = [tuple(optimizer.carried(factor)) for factor in (self.lora_B, self.lora_A)]
-        return *factors, *held, *states, scaling, self.layer.initial_scaling(self.adapter), self.target_norms2()
+        return *factors, *held, *states, scaling, accumulator.fold_scale, self.target_norms2()
 
     def rescaled_tensors(self) -> dict[str, Tensor]:
         """Return every tensor that a rescaling writes, apart from gradients and optimizer state."""
@@ -102,7 +102,7 @@ class ShapeGroup:
     @property
     def s(self) -> float:
         """The scale at which change is folded."""
-        return self.targets[0].layer.initial_scaling(self.targets[0].adapter)
+        return self.targets[0].accumulator.fold_scale
 
     def powers(self, optimizer: OptimizerState) -> tuple[tuple[int, ...], ...]:
         """Return the powers of the scale that the carried states of a left and of a right factor have."""

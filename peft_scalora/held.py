@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+
+from .files.upgrade import upgraded
 
 
 class Held(nn.Module):
@@ -127,3 +131,56 @@ class Progress:
     @property
     def numbers(self) -> list[int]:
         return self.held.numbers
+
+
+class HoldingLayer:
+    """Mixin over a LoRA layer that keeps, saves and loads tensors of its adapters beside their factors."""
+
+    def hold(self, name: str, adapter: str, tensor: Tensor, kind: type[HeldDict] = HeldDict) -> None:
+        """Keep and save a tensor of the adapter as `name`."""
+        if name not in self._modules:
+            setattr(self, name, kind())
+        getattr(self, name)[adapter] = tensor
+
+    def held(self, adapter: str) -> dict[str, HeldDict]:
+        """Return what holds the adapter's saved tensors, by name."""
+        return {n: held for n, held in self._modules.items() if isinstance(held, HeldDict) and adapter in held}
+
+    def own_scale(self, adapter: str) -> Tensor:
+        """Return the scale to fold at; of an adapter whose own is 0, any other will do."""
+        return torch.tensor([self.initial_scaling(adapter) or 1.0], dtype=torch.float32)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """As PyTorch loads a module; what earlier versions saved is brought into the form of this one."""
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        state_dict.update(upgraded(own))
+        self._warn_of_factors_alone(state_dict, prefix)
+        for adapter in self.scalora_config:  # version 0.1 saved no scale: it was that of the configuration
+            if f"{prefix}scalora_progress.{adapter}.weight" in state_dict:
+                state_dict.setdefault(f"{prefix}scalora_scale.{adapter}.weight", self.own_scale(adapter))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _warn_of_factors_alone(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Warn of factors to be loaded under an accumulated change that need not be the one that belongs to them."""
+        names = [key.removeprefix(prefix).split(".") for key in state_dict]
+        for adapter in self.scalora_config:
+            parts = {name[0] for name in names if name[1:2] == [adapter]}
+            has_factors = any(part.startswith("lora_") for part in parts)
+            if has_factors and "scalora_progress" not in parts and self.accumulator(adapter).columns:
+                warnings.warn(
+                    f"The factors of adapter {adapter!r} are loaded without the change accumulated beside them, which "
+                    "stays as it is now. The two belong together: keep and load the whole state dict, or "
+                    "get_peft_model_state_dict(model)."
+                )
+
+    def __setstate__(self, state: dict) -> None:
+        """Bring the state of a pickle of an earlier version into the form of this one."""
+        super().__setstate__(state)
+        for adapter in self.scalora_config:
+            held = self.held(adapter)
+            tensors = upgraded({f"{name}.weight": each[adapter] for name, each in held.items()})
+            for name, each in held.items():
+                each[adapter] = tensors[f"{name}.weight"]
+            if "scalora_scale" not in held:
+                device = self.scalora_norms[adapter].device
+                self.hold("scalora_scale", adapter, self.own_scale(adapter).to(device), HostHeldDict)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .accumulator import ACCUMULATORS, Accumulator
 from .config import ScaLoRAConfig
-from .files.upgrade import upgraded
 from .fused import FusedLinear
-from .held import HeldDict, HostHeldDict, Progress
+from .held import HoldingLayer, HostHeldDict, Progress
 from .live import LiveSet, made_once
 from .merged_base import MergeableLayer, without_change_of_others
 from .quantized import dequantized, keep_as_loaded
@@ -23,7 +22,7 @@ from .quantized import dequantized, keep_as_loaded
 LAYERS = LiveSet()
 
 
-class ScaLoRALayer(MergeableLayer):
+class ScaLoRALayer(MergeableLayer, HoldingLayer):
     """Mixin over a PEFT LoRA layer: W x + s B A x + U V x, with U (out x R) and V (R x in) in float32."""
 
     def _add_accumulator(self, adapter: str, config: ScaLoRAConfig) -> None:
@@ -33,22 +32,12 @@ class ScaLoRALayer(MergeableLayer):
         shape = lora_B.shape[0], lora_A.flatten(1).shape[1]
         device = self._accumulator_device()
         self.hold("scalora_progress", adapter, torch.zeros(3, dtype=torch.int64, device=device), HostHeldDict)
-        self.hold("scalora_scale", adapter, self._own_scale(adapter).to(device), HostHeldDict)
+        self.hold("scalora_scale", adapter, self.own_scale(adapter).to(device), HostHeldDict)
         self.accumulator(adapter).allocate(shape, config.accumulator_rank_for(self.r[adapter], *shape), device)
         discarded = torch.zeros((), device=device)
         norms = torch.stack([self._initial_column_norm2(adapter).to(device), discarded])
         self.hold("scalora_norms", adapter, norms)
         LAYERS.add(self)
-
-    def hold(self, name: str, adapter: str, tensor: Tensor, kind: type[HeldDict] = HeldDict) -> None:
-        """Keep and save a tensor of the adapter as `name`."""
-        if name not in self._modules:
-            setattr(self, name, kind())
-        getattr(self, name)[adapter] = tensor
-
-    def _held(self, adapter: str) -> dict[str, HeldDict]:
-        """Return what holds the adapter's saved tensors, by name."""
-        return {n: held for n, held in self._modules.items() if isinstance(held, HeldDict) and adapter in held}
 
     def has_accumulator(self, adapter: str) -> bool:
         """Return True for a ScaLoRA adapter of this layer: transformers can put a plain LoRA adapter beside it."""
@@ -89,10 +78,6 @@ class ScaLoRALayer(MergeableLayer):
         """Return s = lora_alpha / r (or / sqrt(r)) as configured, whatever set_scale and the like have made of it."""
         r = self.r[adapter]
         return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
-
-    def _own_scale(self, adapter: str) -> Tensor:
-        """Return the scale to fold at; of an adapter whose own is 0, any other will do."""
-        return torch.tensor([self.initial_scaling(adapter) or 1.0], dtype=torch.float32)
 
     def low_rank_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """Return U V x of one dtype. Shapes: x (..., in), U (out, K), V (K, in) -> (..., out)."""
@@ -159,14 +144,14 @@ class ScaLoRALayer(MergeableLayer):
     def copy_adapter(self, source: str, target: str) -> None:
         """Give `target`, of the same shapes, the factors and the accumulated change of `source`."""
         self.restore_base()
-        for held in self._held(source).values():
+        for held in self.held(source).values():
             held[target].copy_(held[source])
         for new, old in zip(self.factors(target), self.factors(source)):
             new.copy_(old)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.restore_base()
-        for held in self._held(adapter_name).values():
+        for held in self.held(adapter_name).values():
             del held[adapter_name]
         self.scalora_config.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
@@ -175,37 +160,17 @@ class ScaLoRALayer(MergeableLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if self.has_accumulator(adapter_name):
-            for held in self._held(adapter_name).values():
+            for held in self.held(adapter_name).values():
                 held[adapter_name] = held[adapter_name].to(device or self._accumulator_device())
             norms = self.scalora_norms[adapter_name]
             # A plain LoRA adapter, loaded over factors that had no values yet.
             if not norms.is_meta and norms[0].isnan():
                 norms[0] = self._initial_column_norm2(adapter_name)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        """As PyTorch loads a module; what earlier versions saved is brought into the form of this one."""
-        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        state_dict.update(upgraded(own))
-        for adapter in self.scalora_config:  # version 0.1 saved no scale: it was that of the configuration
-            if f"{prefix}scalora_progress.{adapter}.weight" in state_dict:
-                state_dict.setdefault(f"{prefix}scalora_scale.{adapter}.weight", self._own_scale(adapter))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def __setstate__(self, state: dict) -> None:
         """Copies and unpickled layers have to be found by the optimizer hook too."""
         super().__setstate__(state)
         LAYERS.add(self)
-        for adapter in self.scalora_config:
-            self._upgrade(adapter)
-
-    def _upgrade(self, adapter: str) -> None:
-        """Bring the state of a pickle of an earlier version into the form of this one."""
-        held = self._held(adapter)
-        state = upgraded({f"{name}.weight": each[adapter] for name, each in held.items()})
-        for name, each in held.items():
-            each[adapter] = state[f"{name}.weight"]
-        if "scalora_scale" not in held:
-            self.hold("scalora_scale", adapter, self._own_scale(adapter).to(each[adapter].device), HostHeldDict)
 
 
 class _EmbeddingMixin(ScaLoRALayer):

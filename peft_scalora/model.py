@@ -21,7 +21,9 @@ from .layer import ScaLoRALayer, make_scalora
 from .lora_only import as_lora, refuse_fused_experts, warn_in_diffusers, warn_of_partial_factors
 from .maths.accumulator import truncate
 from .merged_base import find_owned_weights
+from .rescaling.history import check_history
 from .rescaling.hooks import install_deepspeed_hook
+from .state import completed, layers_with, warn_if_never_rescaled, whole_layers
 
 # Combination types whose result PEFT defines on the whole weight change, and on the factors' entries.
 _ON_CHANGE = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -114,8 +116,11 @@ class ScaLoRAModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        _warn_if_never_rescaled(model, adapter_name, config)
+        warn_if_never_rescaled(model, adapter_name, config)
         config.base_fingerprint = _base_fingerprint(model, config)
+        for layer in layers_with(model, adapter_name).values():
+            check_history(layer, adapter_name)
+        state_dict = completed(model, adapter_name, state_dict)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         warn_of_partial_factors(state, adapter_name)
         return state
@@ -127,7 +132,7 @@ class ScaLoRAModel(LoraModel):
         _warn_of_another_base(model, config)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _refuse_base_weights(model, remapped)
-        return remapped
+        return whole_layers(model, adapter_name, remapped)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
@@ -143,7 +148,7 @@ class ScaLoRAModel(LoraModel):
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         layers = self._scalora_layers()  # which are gone afterwards
         for adapter in {name for layer in layers.values() for name in layer.scalora_config}:
-            _warn_if_never_rescaled(self.model, adapter, self.peft_config[adapter])
+            warn_if_never_rescaled(self.model, adapter, self.peft_config[adapter])
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         _warn_of_requantization(layers)
         return unloaded
@@ -283,27 +288,3 @@ def _combine_accumulated(layer: ScaLoRALayer, parts: list[tuple[str, float]], ne
         (U,), (V,), _ = truncate(U[None], V[None], room)
     accumulator.allocate(accumulator.shape, room, U.device)
     accumulator.replace([accumulator], U[None], V[None])
-
-
-def _is_trained(layer: ScaLoRALayer, adapter: str, config: ScaLoRAConfig) -> bool:
-    """Whether the factor that starts at zero no longer is, or, without one, the other's norm is not what it was."""
-    if any(factor.is_meta for factor in layer.factors(adapter)):
-        return False
-    if config.init_lora_weights in (True, "gaussian"):
-        return all(bool(factor.detach().any()) for factor in layer.factors(adapter))
-    start, now = layer.scalora_norms[adapter][0], layer._initial_column_norm2(adapter)
-    return not torch.isclose(start, now.to(start.device), rtol=1e-4)  # a cast to bfloat16 changes less
-
-
-def _warn_if_never_rescaled(model: nn.Module, adapter: str, config: ScaLoRAConfig) -> None:
-    """A layer that was trained though nobody counted its steps would be plain LoRA without anybody noticing."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ScaLoRALayer) and m.has_accumulator(adapter)}
-    uncounted = [name for name, layer in layers.items() if not any(layer.progress(adapter).numbers)]
-    missed = [name for name in uncounted if _is_trained(layers[name], adapter, config)]
-    if missed:
-        warnings.warn(
-            f"{len(missed)} of {len(layers)} layers of the ScaLoRA adapter {adapter!r} were trained but never "
-            f"rescaled, so they are plain LoRA, {missed[0]} for one: no torch optimizer of both factors stepped them "
-            "with its hooks. Give lora_A and lora_B of a layer to one optimizer derived from torch.optim.Optimizer, or "
-            "call peft_scalora.rescale(model, optimizer) before each optimizer step."
-        )

@@ -22,6 +22,7 @@ ROOMS = (
     "config",
     "fused",
     "layer",
+    "state",
     "lora_only",
     "rescaling",
     "model",

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -81,8 +80,23 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, sour
     for field, rank in {"r": config.r, **{f"rank_pattern[{k!r}]": r for k, r in config.rank_pattern.items()}}.items():
         if rank > largest:
             raise ValueError(f"{field}={rank} is above every dimension of the tensors in {source}. {_REMEDY}")
+    _refuse_factors_alone(shapes, factors, source)
     for name, suffix_A, suffix_B in factors:
         _check_layer(shapes, name, suffix_A, suffix_B, config, source)
+
+
+def _refuse_factors_alone(shapes: Mapping, factors: list[tuple[str, str, str]], source: str) -> None:
+    """Refuse a file without any accumulated change: saved from the trained parameters alone, it has lost it."""
+    if any("scalora_" in key for key in shapes):
+        return
+    for name, A, B in factors:
+        # Those of a grouped convolution, which is trained as plain LoRA, cannot be multiplied.
+        if shapes.get(name + B, ())[1:2] == shapes[name + A][:1]:
+            raise ValueError(
+                f"{source} has the factors of {name.removesuffix('.')} without the change accumulated beside them "
+                "(scalora_U, scalora_V): it was saved from the trained parameters alone. Save the adapter again with "
+                "model.save_pretrained(folder)."
+            )
 
 
 def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, config: LoraConfig, source: str) -> None:
@@ -129,13 +143,8 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
     for key, tensor in state.items():
         if "lora_" not in key:
             continue  # another module that was trained whole
-        if key.endswith("scalora_progress.weight"):
-            numbers, room = tensor.tolist(), _room(state, key)
-            if tensor.dtype != torch.int64 or min(numbers) < 0 or numbers[2] > room:
-                raise ValueError(
-                    f"{source} has {key}={numbers} ({tensor.dtype}): whole numbers, 0 or more, were expected, and at "
-                    f"most {room} columns in use. {_REMEDY}"
-                )
+        if key.endswith(PROGRESS_KEY):
+            _check_progress(key, tensor.tolist(), _room(state, key), source)
         elif not tensor.is_floating_point():
             raise ValueError(f"{source} has {key} of {tensor.dtype}, a floating-point tensor was expected. {_REMEDY}")
         elif not tensor.isfinite().all():
@@ -143,6 +152,17 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
                 f"{source} has {key} with nan or infinite values: its training diverged, or it is damaged. Use an "
                 "earlier checkpoint."
             )
+
+
+def _check_progress(key: str, numbers: list, room: int, source: str) -> None:
+    """Check counts of steps, rescalings and columns; their dtype may be any that whatever handled them has cast to."""
+    is_whole = all(isinstance(number, (int, float)) and number >= 0 and number == number // 1 for number in numbers)
+    if not (is_whole and numbers[2] <= room):
+        raise ValueError(
+            f"{source} has {key}={numbers}: whole numbers, 0 or more, were expected, and at most {room} columns in "
+            "use. Adapters can be averaged as they are saved if their counts are equal; else combine them by "
+            "add_weighted_adapter. If nothing was averaged, the adapter is damaged: fetch or save it again."
+        )
 
 
 def _room(state: Mapping[str, Tensor], key: str) -> int:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 def upgraded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with every dense accumulator, which had an empty V, as the factored one of the same change.
+    """Return a state dict of earlier versions, or cast to another type, in the form of this version.
 
-    Version 0.1 could keep the change itself (out x in) in U. As U V of rank min(out, in) it loses nothing.
+    Version 0.1 could keep the change itself (out x in) in U, with an empty V: a dense accumulator. As U V of rank
+    min(out, in) it loses nothing. Counts that were cast to a floating-point type are whole numbers again.
     """
-    state = dict(state)
+    state = {key: _recounted(key, tensor, state) for key, tensor in state.items()}
     for key_V, V in list(state.items()):
         if "scalora_V." in key_V and V.shape[0] == 0:
             key_U = key_V.replace("scalora_V.", "scalora_U.")
@@ -23,6 +24,19 @@ def upgraded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             progress[2] *= min(state[key_U].shape[0], V.shape[1])  # a dense accumulator counted as one column
             state[key_progress] = progress
     return state
+
+
+def _recounted(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Return counts as int64. bfloat16 rounds numbers above 256: no column that is in use is left out."""
+    is_count = "scalora_progress." in key and tensor.is_floating_point()
+    if not is_count or not torch.equal(tensor, tensor.round()):
+        return tensor
+    counts = tensor.long()
+    V = state.get(key.replace("scalora_progress.", "scalora_V."))
+    if V is not None and V.any():
+        used = int(V.any(dim=1).nonzero().max()) + 1
+        counts[2] = max(used, min(int(counts[2]), len(V)))
+    return counts
 
 
 def _factored(change: Tensor, is_empty: bool) -> tuple[Tensor, Tensor]:

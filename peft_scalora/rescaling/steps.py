@@ -14,6 +14,7 @@ from torch import nn
 from ..layer import LAYERS, ScaLoRALayer
 from .copies import check_copies
 from .engine import base_learning_rate, inner_optimizers, rescale_targets, targets_of
+from .history import note_step
 from .moments import OptimizerState, check_state
 from .report import RescaleReport
 from .shape_group import Target
@@ -59,6 +60,7 @@ def count_step(optimizer: torch.optim.Optimizer) -> bool:
     if not plan.stepped:
         return False
     plan.check_states(optimizer)
+    plan.note_step()
     due = []
     for stepped in plan.stepped:
         reference, adapter, lora_B, lora_A = stepped
@@ -98,6 +100,7 @@ class _Plan:
         self.parameters = [weakref.ref(p) for p in _parameters(optimizer)]
         targets = targets_of(optimizer)
         self.stepped = [_Stepped(weakref.ref(t.layer), t.adapter, t.lora_B, t.lora_A) for t in targets]
+        self.layers = {each.adapter: each.layer for each in self.stepped}
         self.places = [place for t in targets for p in (t.lora_B, t.lora_A) for place in _places(t.layer, p)]
         self.states = 0  # parameters that had state when it was last checked
         if targets:
@@ -110,6 +113,12 @@ class _Plan:
             return False
         known = [reference() for reference in self.parameters]
         return all(map(is_, known, parameters)) and all(held.get(key) is value for held, key, value in self.places)
+
+    def note_step(self) -> None:
+        """Remember a few numbers of each adapter's factors, by which putting them back is noticed."""
+        for adapter, reference in self.layers.items():
+            if (layer := reference()) is not None:
+                note_step(layer, adapter)
 
     def check_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse unknown state: of the first adapter in every step, of all when more parameters have state."""

@@ -1,14 +1,15 @@
 """Noticing factors that were put back from an earlier time under the change accumulated since.
 
 Best weights are often kept as copies of the trained parameters, which do not hold the accumulated change. So a few
-numbers of one layer's factors are kept for each step, with the count of rescalings that they belong to. Nothing here
-waits for an accelerator until an adapter is saved.
+numbers of one layer's factors are kept for each step, with the count of rescalings that they belong to. On an
+accelerator they are read when an adapter is saved, on the CPU at every step.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -23,38 +24,37 @@ _histories: weakref.WeakKeyDictionary[ScaLoRALayer, dict[str, History]] = weakre
 
 
 class History:
-    """What a few numbers of an adapter's factors were before each of the latest steps."""
+    """A few numbers of an adapter's factors before each of the latest steps."""
 
-    def __init__(self, sample: Tensor):
-        self.samples = sample.new_full((STEPS, len(sample)), torch.nan)
-        self.rescalings = torch.full((STEPS,), -1, dtype=torch.int64, device=sample.device)
-        self.steps = 0
-        self.was_put_back = torch.zeros((), dtype=torch.bool, device=sample.device)
-
-    def look(self, sample: Tensor, rescalings: int) -> None:
-        """Notice whether these are the factors of an earlier step, and of another count of rescalings."""
-        if self.steps:
-            is_same = (self.samples == sample).all(1)
-            belongs = (is_same & (self.rescalings == rescalings)).any() | is_same[(self.steps - 1) % STEPS]
-            self.was_put_back |= is_same.any() & ~belongs
+    def __init__(self):
+        self.unread: deque[tuple[Tensor, int]] = deque(maxlen=STEPS)
+        self.rescalings: dict[tuple[float, ...], int] = {}  # that the numbers belong to, the latest step last
+        self.latest: tuple[float, ...] | None = None
 
     def note(self, sample: Tensor, rescalings: int) -> None:
-        """Remember the factors before a step."""
-        self.look(sample, rescalings)
-        self.samples[self.steps % STEPS] = sample
-        self.rescalings[self.steps % STEPS] = rescalings
-        self.steps += 1
+        """Remember the factors as they are before a step, or when they are saved."""
+        self.unread.append((sample, rescalings))
+
+    def was_put_back(self) -> bool:
+        """Read what was noted since the last call; tell whether it went back to factors of other rescalings."""
+        found = False
+        for numbers, rescalings in [(tuple(sample.tolist()), count) for sample, count in self.unread]:
+            if numbers != self.latest:
+                found |= self.rescalings.pop(numbers, rescalings) != rescalings
+                self.rescalings[numbers] = rescalings
+                self.latest = numbers
+        self.unread.clear()
+        while len(self.rescalings) > STEPS:
+            del self.rescalings[next(iter(self.rescalings))]
+        return found
 
 
 def note_step(layer: ScaLoRALayer, adapter: str) -> None:
-    """Remember the factors of an adapter's layer before an optimizer's step; where it costs no wait, report."""
+    """Remember the factors of an adapter's layer before an optimizer's step."""
     sample = _sample(layer, adapter)
     if sample is None:
         return
-    histories = _histories.setdefault(layer, {})
-    history = histories.get(adapter)
-    if history is None or history.samples.shape[1:] != sample.shape or history.samples.device != sample.device:
-        history = histories[adapter] = History(sample)
+    history = _histories.setdefault(layer, {}).setdefault(adapter, History())
     history.note(sample, layer.progress(adapter).rescalings)
     if sample.device.type == "cpu":
         _report(history, adapter)
@@ -64,14 +64,13 @@ def check_history(layer: ScaLoRALayer, adapter: str) -> None:
     """Warn if factors of the layer were put back under an accumulated change of another time."""
     history = _histories.get(layer, {}).get(adapter)
     sample = _sample(layer, adapter)
-    if history is not None and sample is not None and history.samples.shape[1:] == sample.shape:
-        history.look(sample.to(history.samples.device), layer.progress(adapter).rescalings)
+    if history is not None and sample is not None:
+        history.note(sample, layer.progress(adapter).rescalings)
         _report(history, adapter)
 
 
 def _report(history: History, adapter: str) -> None:
-    if history.was_put_back:
-        history.was_put_back.zero_()
+    if history.was_put_back():
         warnings.warn(
             f"The factors of adapter {adapter!r} are those of an earlier step, but the change accumulated beside them "
             "is not: copies of the trained parameters do not hold it. To keep and put back an adapter, copy "
@@ -88,4 +87,4 @@ def _sample(layer: ScaLoRALayer, adapter: str) -> Tensor | None:
         flat = factor.detach()
         flat = (flat.to_local() if hasattr(flat, "to_local") else flat).flatten()
         parts.append(flat[:: max(1, flat.numel() // _NUMBERS)][:_NUMBERS].float())
-    return torch.cat(parts) if sum(len(part) for part in parts) else None
+    return torch.cat(parts) if any(len(part) for part in parts) else None

@@ -122,7 +122,9 @@ def test_what_is_written_to_the_buffer_counts():
 def test_an_averaged_model_has_the_accumulated_change():
     """torch's AveragedModel averages parameters and copies buffers, which it walks by itself."""
     base, x = KINDS["Linear"].build().eval(), floats(5, 14)
-    model = get_peft_model(copy.deepcopy(base), scalora_config(target_modules=["lin0", "lin1"]))
+    # Not "merged": the base weights that it averages hold the accumulated change then.
+    config = scalora_config(target_modules=["lin0", "lin1"], accumulator="factored")
+    model = get_peft_model(copy.deepcopy(base), config)
     averaged = AveragedModel(model, avg_fn=lambda old, new, count: new)
     fill(model)
     averaged.update_parameters(model)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers_models import KINDS, output, train
+from helpers_models import KINDS, distance, output, train
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 
@@ -74,7 +74,7 @@ def test_an_adapter_put_back_whole_is_not_reported(no_report, tmp_path):
     expected = output(model, x)
     train(model, x, 3, optimizer)
     set_peft_model_state_dict(model, best)
-    assert torch.equal(output(model, x), expected)
+    assert distance(output(model, x), expected) < 1e-6
     model.save_pretrained(tmp_path)
     train(model, x, 3, optimizer)
     model.save_pretrained(tmp_path)

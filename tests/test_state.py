@@ -121,7 +121,7 @@ def test_factors_alone_are_not_loaded_under_an_accumulated_change():
     state = {key: 2 * tensor for key, tensor in get_peft_model_state_dict(model).items() if "scalora_" not in key}
     with pytest.raises(ValueError, match=r"'default' has the factors of .*lin0 without the change accumulated"):
         set_peft_model_state_dict(model, state)
-    assert torch.equal(output(model, kind.inputs()), before)
+    assert distance(output(model, kind.inputs()), before) < 1e-6
 
 
 def test_one_layer_without_its_accumulated_change_is_refused():

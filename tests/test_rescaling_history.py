@@ -99,7 +99,8 @@ def test_weights_averaged_or_swapped_for_a_while_are_not_reported(no_report, tmp
         train(model, x, 1, optimizer)
         averaged.update_parameters(model)
         own = copies(model)
-        put_back(model, {n.removeprefix("module."): p.detach() for n, p in averaged.named_parameters()})
+        means = {n.removeprefix("module."): p.detach() for n, p in averaged.named_parameters()}
+        put_back(model, {n: value for n, value in means.items() if n in own})
         output(model, x)
         put_back(model, own)
     put_back(model, {name: 0.5 * value for name, value in own.items()})

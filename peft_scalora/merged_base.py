@@ -125,7 +125,7 @@ class MergeableLayer:
         merged = self.merged_base
         active = self.active_adapters
         is_own = len(active) == 1 and not (self.disable_adapters or self.merged or adapter_names is not None)
-        if is_own and merged is not None:
+        if is_own and merged is not None and not torch.compiler.is_compiling():
             is_own = active[0] == merged.adapter and self.accumulator(merged.adapter).scale == 1.0
         if not is_own or torch.compiler.is_compiling():
             self.is_seen_by_others = True

@@ -140,7 +140,7 @@ def test_hotswapping_takes_the_scale_of_what_comes_in(tmp_path, lora_alpha):
     swapped = fill(get_peft_model(copy.deepcopy(base), KIND.config(lora_alpha=5)), seed=9)
     hotswap_adapter(swapped, str(folder), adapter_name="default", torch_device="cpu")
     assert distance(output(swapped, X), expected) < 1e-5
-    compiled = fill(get_peft_model(copy.deepcopy(base), KIND.config(lora_alpha=5)), seed=9)
+    compiled = fill(get_peft_model(copy.deepcopy(base), KIND.config(lora_alpha=5, accumulator="factored")), seed=9)
     prepare_model_for_compiled_hotswap(compiled)
     torch._dynamo.reset()
     compiled = torch.compile(compiled, backend="eager", fullgraph=True)

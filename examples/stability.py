@@ -34,7 +34,7 @@ from peft_scalora.stability import detect_instability, sweep_learning_rate
 
 
 class FineTuning:
-    """Makes Trainers of the same fine-tuning that differ in learning rate, warmup and clipping."""
+    """Maker of Trainers for one fine-tuning that differ in learning rate, warmup and clipping."""
 
     def __init__(self, arguments: argparse.Namespace, model: str):
         self.arguments, self.model = arguments, model
@@ -92,7 +92,7 @@ class FineTuning:
 
 
 def format_table(rows: list[dict]) -> str:
-    """One Markdown table."""
+    """Return one Markdown table."""
     lines = ["| | learning rate | events | largest gradient norm | held-out loss |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['title']} | {row['learning_rate']:.2g} | {row['events']} | {row['largest_norm']:.3g} | "

@@ -32,7 +32,7 @@ READ_IN = {
 
 
 class SeamError(ImportError):
-    """A library lacks something that this package relies on."""
+    """Error of a library that lacks something which this package relies on."""
 
 
 class Seam(NamedTuple):

@@ -42,7 +42,7 @@ class Accumulator:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The saved tensors by name."""
+        """Saved tensors by name, float32."""
         return {name: getattr(self.layer, name)[self.adapter] for name in self.shapes((0, 0), 0)}
 
     def allocate(self, shape: tuple[int, int], capacity: int, device: torch.device) -> None:
@@ -52,19 +52,19 @@ class Accumulator:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape (out, in) of the change, a kernel flattened."""
+        """Shape (out, in) of the change; a convolution's kernel is flattened."""
         return self.layer.scalora_U[self.adapter].shape[0], self.layer.scalora_V[self.adapter].shape[1]
 
     @property
     def capacity(self) -> int:
-        """R: the columns that it can hold."""
+        """Number of columns R that the accumulator can hold."""
         return self.layer.scalora_V[self.adapter].shape[0]
 
     # What they stand for.
 
     @property
     def columns(self) -> int:
-        """K: the columns in use."""
+        """Number of columns K in use."""
         return self.layer.progress(self.adapter).columns
 
     @columns.setter
@@ -78,7 +78,7 @@ class Accumulator:
 
     @property
     def fold_scale(self) -> float:
-        """The scale s at which change is folded into U V; saved with it."""
+        """Scale s at which change is folded into U V; it is saved with them."""
         held = self.layer.scalora_scale.get_submodule(self.adapter)
         if held.numbers[0] == 0:  # hotswapping found none in a file of version 0.1
             self.layer.scalora_scale[self.adapter].fill_(float(self.layer.scaling[self.adapter]) or 1.0)
@@ -86,7 +86,7 @@ class Accumulator:
 
     @property
     def scale(self) -> float | Tensor:
-        """The factor that U V is applied with, so that it scales as the factors do.
+        """Number that U V is multiplied by when it is applied, so that it scales as the factors do.
 
         1 unless the adapter's scale has been moved since, by another lora_alpha, set_scale, scale_layer or the like.
         """

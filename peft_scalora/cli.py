@@ -23,7 +23,7 @@ _COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes underscores for hyphens in options, and suggests one for an option that is misspelt."""
+    """Parser that takes underscores for hyphens in options and suggests the option meant by a misspelt one."""
 
     def __init__(self, **options):
         self.options: list[str] = []

@@ -22,7 +22,10 @@ from .version import install_command
 
 
 class ScaLoRAPeftType(str, enum.Enum):
-    """PEFT compares and hashes its types as strings, so an own enum member works wherever a `PeftType` does."""
+    """Type of the method, for places where PEFT expects a `PeftType`.
+
+    PEFT compares and hashes its types as strings, so a member of another enum works wherever one of its own does.
+    """
 
     SCALORA = "SCALORA"
 
@@ -115,7 +118,12 @@ class ScaLoRAConfig(LoraConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
     ) -> ScaLoRAConfig:
-        """As for LoraConfig; the weights beside it are checked against it, before anything of its sizes is built.
+        """Load the configuration, and check the weights beside it before anything of its sizes is built.
+
+        Args:
+            pretrained_model_name_or_path: a folder or an id on the hub.
+            subfolder: where in it the adapter is.
+            **kwargs: as for `LoraConfig.from_pretrained`.
 
         Raises:
             ValueError: the weights are missing on the hub, no safetensors file, or do not fit the configuration.
@@ -195,12 +203,12 @@ class ScaLoRAConfig(LoraConfig):
             self.accumulator_rank = UNLIMITED_RANK
 
     def __setstate__(self, state: dict) -> None:
-        """Unpickled configurations of earlier versions too."""
+        """Restore a pickled configuration, also one of an earlier version."""
         self.__dict__.update(state)
         self._read_dense_as_factored()
 
     def to_dict(self) -> dict:
-        """As for LoraConfig, with sets as sorted lists: the same adapter is saved as the same bytes."""
+        """Return the fields, with sets as sorted lists, so that equal adapters are saved as equal bytes."""
         return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

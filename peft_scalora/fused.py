@@ -11,7 +11,7 @@ from .merged_base import without_change_of_others
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is no more than F.linear: engines that shard parameters wrap, hook or retype it."""
+    """Tell whether calling the module is no more than F.linear: engines that shard wrap, hook or retype it."""
     if type(linear) is not nn.Linear or type(linear.weight) not in (Tensor, nn.Parameter):
         return False
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
@@ -31,7 +31,7 @@ def _product_dtype(factor: Tensor) -> torch.dtype:
 
 
 class FusedLinear:
-    """The forward pass of PEFT's lora.Linear with all products added in place (low_rank.py)."""
+    """Forward pass of PEFT's lora.Linear with all products added in place, as maths/low_rank.py does it."""
 
     @without_change_of_others
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

@@ -11,7 +11,7 @@ from .files.upgrade import upgraded
 
 
 class Held(nn.Module):
-    """A buffer named `weight` that moves with the model but keeps its dtype, as accumulated state has to."""
+    """Holder of a buffer `weight` that moves with the model but keeps its dtype, as accumulated state has to."""
 
     def __init__(self, tensor: Tensor):
         super().__init__()
@@ -25,7 +25,9 @@ class Held(nn.Module):
 
 
 class HostHeld(Held):
-    """A few numbers that the host reads and writes without waiting for a device, saved as the buffer `weight`.
+    """Holder of a few numbers that the host reads and writes without waiting for a device.
+
+    They are saved as the buffer `weight`.
 
     The buffer moves with the model like any other, so that whatever walks, sends or compares buffers finds nothing
     unusual. Only whoever asks for it makes it say what the numbers are: a state dict, a copy, hotswapping. As they may
@@ -40,7 +42,7 @@ class HostHeld(Held):
 
     @property
     def numbers(self) -> list[float]:
-        """The numbers, to read and to write."""
+        """Numbers to read and to write."""
         if self._numbers is None:
             tensor = dict.__getitem__(self._buffers, "weight")
             self._numbers = [0] * len(tensor) if tensor.is_meta else tensor.tolist()
@@ -68,7 +70,7 @@ class HostHeld(Held):
 
 
 class _AskedFor(dict):
-    """The buffers of a module that hands them over when they are asked for."""
+    """Buffers of a module that are brought up to date when somebody asks for them."""
 
     def __init__(self, module: HostHeld):
         super().__init__(module._buffers)
@@ -88,7 +90,10 @@ class _AskedFor(dict):
 
 
 class HeldDict(nn.ModuleDict):
-    """Adapter name -> tensor, saved as `<name>.weight` like the factors of `lora_A` (hotswap and TRL rely on that)."""
+    """Dictionary from adapter name to tensor.
+
+    It is saved as `<name>.weight`, like the factors of `lora_A`: hotswap and TRL rely on that.
+    """
 
     held = Held
 
@@ -100,13 +105,13 @@ class HeldDict(nn.ModuleDict):
 
 
 class HostHeldDict(HeldDict):
-    """Adapter name -> tensor of numbers that the host works with."""
+    """Dictionary from adapter name to a tensor of numbers that the host works with."""
 
     held = HostHeld
 
 
 class _Number:
-    """One entry of `Progress.numbers`."""
+    """Descriptor of one entry of `Progress.numbers`."""
 
     def __init__(self, index: int):
         self.index = index
@@ -151,7 +156,7 @@ class HoldingLayer:
         return torch.tensor([self.initial_scaling(adapter) or 1.0], dtype=torch.float32)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        """As PyTorch loads a module; what earlier versions saved is brought into the form of this one."""
+        """Load a module as PyTorch does, after bringing what earlier versions saved into the form of this one."""
         own = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         state_dict.update(upgraded(own))
         self._warn_of_factors_alone(state_dict, prefix)

@@ -48,7 +48,7 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
         return ACCUMULATORS[self.scalora_config[adapter].accumulator](self, adapter)
 
     def _accumulator_device(self) -> torch.device:
-        """The base weight's device: the factors may still be on the meta device while an adapter is loaded."""
+        """Return the base weight's device: while an adapter is loaded, the factors may still be on the meta device."""
         base = LoraLayer.get_base_layer(self)  # a look at its device alone
         for name in ("weight", "qweight", "W_q", "in_proj_weight"):
             if getattr(base, name, None) is not None:
@@ -56,7 +56,7 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
         return next(base.parameters()).device
 
     def _initial_column_norm2(self, adapter: str) -> Tensor:
-        """Mean squared column norm of the factor that does not start at zero; nan until a loaded adapter has one."""
+        """Return the mean squared column norm of the factor that does not start at zero; nan while it has no values."""
         return self._column_norm2(*self.factors(adapter))
 
     @staticmethod
@@ -68,7 +68,7 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
         self.scalora_norms[adapter][0] = self._column_norm2(lora_B, lora_A)
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """The parameters (lora_B, lora_A): paper A (out x r) and paper B transposed (r x in), before flattening."""
+        """Return (lora_B, lora_A), the paper's A (out x r) and its B transposed (r x in), kernels not flattened."""
         return self.lora_B[adapter].weight, self.lora_A[adapter].weight
 
     def progress(self, adapter: str) -> Progress:
@@ -106,7 +106,7 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
         return result
 
     def get_delta_weight(self, adapter: str, *args, **kwargs) -> Tensor:
-        """The whole weight change in the layout of the base weight: merging and PEFT's conversions use it."""
+        """Return the whole weight change in the layout of the base weight, for merging and PEFT's conversions."""
         delta = super().get_delta_weight(adapter, *args, **kwargs)
         if not self.has_accumulator(adapter) or self.accumulator(adapter).columns == 0:
             return delta
@@ -119,13 +119,13 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
         return bool(getattr(self, "fan_in_fan_out", False))
 
     def change_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """P (out x k) and Q (k x in), float32, with P Q = s B A + U V and k = r + columns in use."""
+        """Return P (out x k) and Q (k x in), float32, with P Q = s B A + U V and k = r + columns in use."""
         lora_B, lora_A = (p.detach().flatten(1).float() for p in self.factors(adapter))
         U, V = self.accumulator(adapter).factors()
         return torch.cat([lora_B * self.scaling[adapter], U], 1), torch.cat([lora_A, V], 0)
 
     def merge(self, *args, **kwargs) -> None:
-        """As PEFT merges; what quantizing a base weight again does to the sum is kept for the model to report."""
+        """Merge as PEFT does, and keep the error of quantizing the sum again for the model to report."""
         before, merged = dequantized(self.get_base_layer()), len(self.merged_adapters)
         super().merge(*args, **kwargs)
         if before is not None and self.merged_adapters[merged:]:
@@ -168,13 +168,16 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
                 norms[0] = self._initial_column_norm2(adapter_name)
 
     def __setstate__(self, state: dict) -> None:
-        """Copies and unpickled layers have to be found by the optimizer hook too."""
+        """Restore a copied or unpickled layer, and let the optimizer hook find it."""
         super().__setstate__(state)
         LAYERS.add(self)
 
 
 class _EmbeddingMixin(ScaLoRALayer):
-    """lora_embedding_B (dim x r) starts random and lora_embedding_A (r x num) at zero: the reverse of Linear."""
+    """Mixin over PEFT's embedding layer.
+
+    lora_embedding_B (dim x r) starts random and lora_embedding_A (r x num) at zero: the reverse of Linear.
+    """
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_B[adapter], self.lora_embedding_A[adapter]
@@ -194,7 +197,10 @@ class _EmbeddingMixin(ScaLoRALayer):
 
 
 class _ConvMixin(ScaLoRALayer):
-    """lora_A (r, in, *kernel) and lora_B (out, r, 1...) are the factors of the flattened kernel (out x in*kernel)."""
+    """Mixin over PEFT's convolutions.
+
+    lora_A (r, in, *kernel) and lora_B (out, r, 1...) are the factors of the flattened kernel (out x in*kernel).
+    """
 
     def low_rank_output(self, adapter: str, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
         conv = self.lora_A[adapter]
@@ -204,7 +210,10 @@ class _ConvMixin(ScaLoRALayer):
 
 
 class _AttentionMixin(ScaLoRALayer):
-    """nn.MultiheadAttention is adapted by merging before and unmerging after each call: get_delta_weight is enough."""
+    """Mixin over PEFT's nn.MultiheadAttention, which merges before and unmerges after each call.
+
+    So `get_delta_weight` is enough, and forward stays PEFT's.
+    """
 
     def forward(self, query: Tensor, *args, **kwargs):
         return super(ScaLoRALayer, self).forward(query, *args, **kwargs)
@@ -218,7 +227,7 @@ def _mean_squared_norm(factor: Tensor, dim: int) -> Tensor:
 
 @made_once
 def scalora_class(cls: type[LoraLayer]) -> type[ScaLoRALayer]:
-    """The ScaLoRA version of one of PEFT's LoRA layer classes (Linear, Linear4bit, Conv2d, ...)."""
+    """Return the ScaLoRA version of one of PEFT's LoRA layer classes (Linear, Linear4bit, Conv2d, ...)."""
     convolutions = lora.layer.Conv1d, lora.layer.Conv2d, lora.layer.Conv3d
     mixin = ScaLoRALayer
     for base, special in ((lora.Embedding, _EmbeddingMixin), (convolutions, _ConvMixin)):
@@ -243,7 +252,7 @@ def make_scalora(layer: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:
 
 
 def __getattr__(name: str) -> type:
-    """Classes by name, for unpickling in a process that has not built the layer yet."""
+    """Return a layer class by its name, for unpickling in a process that has not built such a layer yet."""
     base = name.removeprefix("ScaLoRA")
     cls = getattr(lora.layer, base, None) or getattr(lora, base, None) if base != name else None
     if not (isinstance(cls, type) and issubclass(cls, LoraLayer)):

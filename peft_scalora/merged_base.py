@@ -35,7 +35,7 @@ def can_hold_change(base: nn.Module) -> bool:
 
 
 class MergedBase:
-    """The base layer of one adapter whose weight holds the first `columns` columns of the accumulated change."""
+    """Base layer of one adapter whose weight holds the first `columns` columns of the accumulated change."""
 
     def __init__(self, base: nn.Module, adapter: str):
         self.base = base

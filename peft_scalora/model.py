@@ -31,23 +31,23 @@ _ON_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
 def _is_rescalable(base: nn.Module, config: ScaLoRAConfig) -> bool:
-    """Whether PEFT adapts the layer by one product lora_B @ lora_A of its own making."""
+    """Tell whether PEFT adapts the layer by one product lora_B @ lora_A of its own making."""
     custom = tuple(config._custom_modules or ())
     return getattr(base, "groups", 1) == 1 and not isinstance(base, custom)
 
 
 def _make_all_scalora(module: LoraLayer, adapter: str, config: ScaLoRAConfig) -> None:
-    """The layer itself and, in nn.MultiheadAttention, the LoRA layer of its output projection."""
+    """Turn the layer and the LoRA layers in it into ScaLoRA layers: nn.MultiheadAttention has one in its projection."""
     for layer in [layer for layer in module.modules() if isinstance(layer, LoraLayer)]:
         make_scalora(layer, adapter, config)
 
 
 class ScaLoRAModel(LoraModel):
-    """A base model with ScaLoRA adapters; built by `peft.get_peft_model(model, ScaLoRAConfig(...))`."""
+    """Base model with ScaLoRA adapters; built by `peft.get_peft_model(model, ScaLoRAConfig(...))`."""
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """DDP would broadcast the accumulated state of rank 0 before every forward; all ranks compute the same one."""
+        """Names of the accumulated state, which all ranks compute alike: DDP need not broadcast it before a forward."""
         return [f"base_model.{name}" for name, _ in self.named_buffers() if "scalora_" in name]
 
     def _pre_injection_hook(self, model: nn.Module, config: ScaLoRAConfig, adapter_name: str) -> None:
@@ -213,7 +213,10 @@ def _fingerprint(model: nn.Module, config: ScaLoRAConfig) -> dict:
 
 
 def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:
-    """A warning, not an error: with another adapter merged into it, or a larger vocabulary, it may be meant."""
+    """Warn if the adapter was trained on another base model.
+
+    It is no error: a base with another adapter merged into it, or with a larger vocabulary, may be meant.
+    """
     recorded, current = config.base_fingerprint, _base_fingerprint(model, config)
     if recorded is None:
         return
@@ -228,7 +231,7 @@ def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:
 
 
 def embeddings_of(base: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Input and output embeddings of a transformers model; None for what it, or another model, does not have."""
+    """Return the input and output embeddings of a transformers model; None for each that a model does not have."""
     found = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(base, name, None)
@@ -240,8 +243,10 @@ def embeddings_of(base: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
 
 def _refuse_base_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """A file could replace any weight of the base model unseen. PEFT saves embeddings (of a vocabulary that has grown)
-    and biases with an adapter, nothing else."""
+    """Refuse a file that would replace weights of the base model unseen; raises ValueError.
+
+    PEFT saves embeddings (of a vocabulary that has grown) and biases with an adapter, nothing else.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     embeddings = {id(p) for module in embeddings_of(base) if module is not None for p in module.parameters()}
     own = ("lora_", "modules_to_save.", "token_adapter.", "original_module.")

@@ -12,7 +12,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x, y
 
 
 def require_matplotlib():
-    """Import matplotlib.pyplot on a backend that needs no display.
+    """Return matplotlib.pyplot, imported on a backend that needs no display.
 
     Raises:
         ImportError: names the extra that brings it.

@@ -1,4 +1,4 @@
-"""What quantized base weights need: their values, and what rounding them again does to a merged change."""
+"""Values of quantized base weights, and the error of rounding them again after a merge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ._seams import dequantize_module_weight
 
 
 def dequantized(layer: nn.Module) -> Tensor | None:
-    """The values of a layer's quantized weight, in float32; None for a weight that is not quantized.
+    """Return the values of a layer's quantized weight, in float32; None for a weight that is not quantized.
 
     Raises:
         ValueError: bitsandbytes has repacked the weight, and unpacking it gives other values.

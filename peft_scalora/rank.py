@@ -1,4 +1,4 @@
-"""How high the rank of the trained weight change is."""
+"""Effective rank of a trained weight change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .maths.accumulator import singular_values
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """LoRA and ScaLoRA layers that have the adapter, by module name."""
+    """Return the LoRA and ScaLoRA layers that have the adapter, by module name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -20,7 +20,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def change_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """P (out x k) and Q (k x in), float32, whose product is the layer's whole weight change."""
+    """Return P (out x k) and Q (k x in), float32, whose product is the layer's whole weight change."""
     if isinstance(layer, ScaLoRALayer):
         return layer.change_factors(adapter)
     if adapter in layer.lora_embedding_A:
@@ -31,9 +31,17 @@ def change_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(model: nn.Module, tol: float = 0.01, adapter_name: str = "default") -> dict[str, int]:
-    """Rank of the whole weight change by layer: the number of singular values above `tol` times the largest.
+    """Return the rank of each layer's whole weight change: its singular values above `tol` times the largest.
 
-    Works on LoRA adapters too, for comparison. A layer that has not been trained has rank 0.
+    LoRA adapters have one too, for comparison. A layer that has not been trained has rank 0.
+
+    Args:
+        model: a model with LoRA or ScaLoRA layers.
+        tol: fraction of a layer's largest singular value.
+        adapter_name: the adapter to look at.
+
+    Returns:
+        The rank by module name.
 
     Raises:
         ValueError: tol is not in [0, 1), or the model has no such adapter.

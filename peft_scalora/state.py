@@ -1,4 +1,4 @@
-"""A layer's tensors, factors and accumulated change, are saved and loaded together."""
+"""Saving and loading of a layer's factors and accumulated change together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two searches over fine-tuning runs share: their settings and the Trainer of one run."""
+"""Parts that the two searches over fine-tuning runs share: their settings and the Trainer of one run."""
 
 from __future__ import annotations
 

@@ -24,6 +24,14 @@ def push_to_hub(
     `model.push_to_hub(repo_id)` uploads the same files, but transformers then puts a card of its own in the place of
     the one that says how to load the adapter.
 
+    Args:
+        source: a PeftModel, or a folder with an adapter, an exported adapter or a merged model.
+        repo_id: the repository; created if it does not exist.
+        private: whether a repository that is created is private; None means the account's default.
+        revision: the branch to upload to; None means the main one.
+        token: an access token; None means the one that is stored.
+        commit_message: of the upload.
+
     Raises:
         FileNotFoundError: source is no folder with a configuration. ValueError: it is a model, but no PeftModel.
     """

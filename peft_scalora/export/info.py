@@ -1,4 +1,4 @@
-"""What a saved adapter holds: rank per layer, size, discarded energy."""
+"""Figures of a saved adapter: size, and rank, norm and discarded norm of each layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from .saved import read_adapter, saved_layers
 
 
 def adapter_info(folder: str, tol: float = 0.01) -> dict:
-    """Method, size and, for every layer: r, columns accumulated, effective rank, norm, and norm discarded so far."""
+    """Return the settings and size of a saved adapter, with figures for each layer.
+
+    Args:
+        folder: of a saved ScaLoRA adapter.
+        tol: fraction of a layer's largest singular value above which the others count towards its rank.
+
+    Returns:
+        A dict with the base model, the scaling and its interval, bytes, mean effective rank, and `layers`: by module
+        name r, accumulated columns, effective rank, Frobenius norm of the change, and norm discarded so far.
+    """
     config, state = read_adapter(folder)
     layers = {}
     for name, layer in saved_layers(state, config).items():
@@ -32,7 +41,7 @@ def adapter_info(folder: str, tol: float = 0.01) -> dict:
 
 
 def format_info(info: dict) -> str:
-    """The same as a table for a terminal."""
+    """Return what `adapter_info` returned as a table for a terminal."""
     width = max((len(name) for name in info["layers"]), default=5)
     lines = [
         f"base model {info['base_model']}, scaling {info['scaling']} every {info['scaling_interval']} steps, "

@@ -28,7 +28,7 @@ from .saved import SavedLayer, read_adapter, saved_layers
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
+    """Report of an export: the folder written, its rank and its error.
 
     Attributes:
         path: the folder.
@@ -37,7 +37,7 @@ class ExportReport:
         obstacles: why vLLM will refuse the adapter; empty if it will not.
         relative_error: ‖exported - trained‖_F / ‖trained‖_F of the weight change over all layers, truncation and
             rounding to `dtype` together; 0 for an exact export (up to float32 rounding).
-        layer_errors: the same for each layer.
+        layer_errors: the relative error of each layer, by module name.
         size: bytes of the weights file.
     """
 
@@ -62,13 +62,13 @@ class ExportReport:
 
 
 class Form(NamedTuple):
-    """The rank and the dtype that exported factors are wanted in; rank None is the exact one."""
+    """Rank and dtype wanted for exported factors; rank None is the exact one."""
 
     rank: int | None
     dtype: torch.dtype
 
     def check(self) -> None:
-        """Refuse what no factors can have; raises ValueError."""
+        """Refuse a rank or a dtype that no factors can have; raises ValueError."""
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be 1 or more, or None for the exact export.")
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -82,10 +82,21 @@ def export_lora(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ExportReport:
-    """Write the adapter as plain LoRA: exact with rank r + R, or truncated to `rank` with its error in the report.
+    """Write an adapter as plain LoRA: exact, or truncated to `rank` with its error in the report.
 
-    lora_A' = [lora_A; V], lora_B' = [s lora_B | U], lora_alpha' = r' (scaling 1). `dtype` bfloat16 or float16 halves
-    the file; the report's error holds what the rounding costs.
+    The exact export has lora_A' = [lora_A; V], lora_B' = [s lora_B | U] and lora_alpha' = r' (scaling 1), where r' is r
+    plus the number of accumulated columns.
+
+    Args:
+        model: a PeftModel, or a transformers or diffusers model that carries the adapter itself.
+        path: the folder to write; it must not exist, or be empty.
+        adapter_name: the adapter to export.
+        rank: rank of the best approximation to write; None writes the exact change.
+        dtype: of the factors written. bfloat16 and float16 halve the file, and the report's error includes the
+            rounding.
+
+    Returns:
+        The folder, its rank, its size and the error against the trained change.
 
     Raises:
         ValueError: the model has no such ScaLoRA adapter, rank is not positive, or dtype is not a floating point one
@@ -108,7 +119,7 @@ def export_lora(
 
 
 def _as_scaled(saved: SavedLayer, layer: LoraLayer, adapter: str) -> SavedLayer:
-    """With the scale that the layer has, which need not be that of its configuration."""
+    """Return the saved layer at the scale that the live layer has, which may differ from its configuration's."""
     if saved.U is None:
         return saved
     fold_scale = layer.accumulator(adapter).fold_scale
@@ -183,7 +194,7 @@ def _put_factors(state: dict[str, Tensor], layer: SavedLayer, P: Tensor, Q: Tens
 
 
 def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]) -> LoraConfig:
-    """The same settings as a LoraConfig of scaling 1; layers that were plain LoRA keep their rank and scaling."""
+    """Return the settings as a LoraConfig of scaling 1; layers that were plain LoRA keep their rank and scaling."""
     names = {field.name for field in fields(LoraConfig) if field.init} - {"peft_type", "runtime_config"}
     kept = {name: getattr(config, name) for name in names}
     kept.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)

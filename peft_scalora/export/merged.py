@@ -42,13 +42,13 @@ _LOAD_IT = "Load the base as it was trained, the adapter onto it, and call expor
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `export_merged` wrote.
+    """Report of `export_merged`: the folder written and its rounding error.
 
     Attributes:
         path: the folder.
         dtype: of the merged weights.
-        relative_error: ‖written - (W + change)‖_F / ‖change‖_F over the adapted layers: what rounding to dtype did to
-            what was learned. Above about 0.1, write a wider dtype.
+        relative_error: ‖written - (W + change)‖_F / ‖change‖_F over the adapted layers: the error of rounding to dtype,
+            relative to what was learned. Above about 0.1, write a wider dtype.
         size: bytes of the folder.
     """
 
@@ -64,7 +64,16 @@ def export_merged(
     """Write the base model with the adapter merged into it, as a transformers folder. `model` stays as it is.
 
     A quantized base is written unquantized, so that the change is not rounded to 4 or 8 bit. The sum is formed in
-    float32 and rounded once, to `dtype` (None: that of the base).
+    float32 and rounded once, to `dtype`.
+
+    Args:
+        model: a PeftModel of a transformers model, with no adapter merged.
+        path: the folder to write; it must not exist, or be empty.
+        adapter_name: the adapter to merge.
+        dtype: of the weights written; None means that of the base.
+
+    Returns:
+        The folder, its dtype and size, and the error of rounding to that dtype.
 
     Raises:
         ValueError: there is no such adapter, an adapter is merged already, the base is no transformers model or
@@ -87,10 +96,16 @@ def export_merged(
 def export_merged_folder(
     folder: str, path: str, base: str | None = None, dtype: torch.dtype | None = None
 ) -> MergeReport:
-    """The same from a saved adapter folder, with the tokenizer; `base` is the model it was trained on unless given.
+    """Write the merged model of a saved adapter, with the tokenizer.
+
+    Args:
+        folder: of a saved ScaLoRA adapter.
+        path: the folder to write; it must not exist, or be empty.
+        base: a folder or an id on the hub; None means the model that the adapter says it was trained on.
+        dtype: of the weights written; None means that of the base.
 
     Raises:
-        ValueError: it is not known which base the adapter is for, or base and adapter together are no whole model.
+        ValueError: the adapter does not say what its base is, or base and adapter together are no whole model.
     """
     config, state = read_adapter(folder)
     base = base or config.base_model_name_or_path
@@ -110,7 +125,7 @@ def export_merged_folder(
 
 
 def _load_base(base: str, config: ScaLoRAConfig, state: dict[str, Tensor]) -> PreTrainedModel:
-    """The model that the adapter was trained on, of its class, number of labels and size of vocabulary."""
+    """Load the adapter's base model, with the class, number of labels and vocabulary that the adapter has."""
     heads = [tensor for key, tensor in state.items() if key.endswith(_HEADS)]
     options = {"num_labels": len(heads[-1])} if heads else {}
     model, info = _base_class(config, base).from_pretrained(
@@ -128,7 +143,7 @@ def _load_base(base: str, config: ScaLoRAConfig, state: dict[str, Tensor]) -> Pr
 
 
 def _with_adapter(base: PreTrainedModel, config: ScaLoRAConfig, state: dict[str, Tensor]) -> PeftModel:
-    """The model with the adapter, all of whose tensors have to have a place in it, and it none without one."""
+    """Return the base with the adapter loaded; refuse tensors without a place in it and places without a tensor."""
     model = PeftModel(base, config)
     unexpected = set_peft_model_state_dict(model, state).unexpected_keys
     # PEFT saves trained embeddings, and what is tied to them, twice.
@@ -161,14 +176,14 @@ def _resize_embeddings(model: PreTrainedModel, state: dict[str, Tensor]) -> None
 
 
 def _base_weight(name: str, state: dict[str, Tensor]) -> Tensor | None:
-    """What an adapter's file has for a parameter of the base model, by its name there; None if it has nothing."""
+    """Return the tensor that an adapter's file has for a named parameter of the base model; None if it has none."""
     module, _, parameter = name.rpartition(".")
     keys = (f"{PREFIX}{module}.{part}{parameter}" for part in ("", "base_layer.", "token_adapter.base_layer."))
     return next((state[key] for key in keys if key in state), None)
 
 
 def _base_class(config: ScaLoRAConfig, base: str) -> type[PreTrainedModel]:
-    """By the adapter's task; without one, as PEFT has recorded it, or as the base was saved."""
+    """Return the class for the adapter's task; without a task, the one that PEFT recorded or the base was saved as."""
     base_config = AutoConfig.from_pretrained(base)
     by_task = _CLASSES[config.task_type].get(type(base_config), None) if config.task_type in _CLASSES else None
     recorded = (config.auto_mapping or {}).get("base_model_class")
@@ -197,7 +212,7 @@ def _check_mergeable(model: PeftModel, layers: dict, adapter_name: str) -> None:
 
 
 def _merge(model: PeftModel, adapter_name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, float]:
-    """A merged copy in dtype, and the squared norm of what rounding to it changed."""
+    """Return a merged copy in dtype, and the squared norm of the rounding to that dtype."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.base_fingerprint = None  # a dequantized base has other values
@@ -257,6 +272,6 @@ def _untie(base: PreTrainedModel, adapted: dict) -> None:
 
 
 def _norm2(P: torch.Tensor, Q: torch.Tensor) -> float:
-    """‖P Q‖_F² through the Gram matrices."""
+    """Return ‖P Q‖_F², from the Gram matrices of P (out x k) and Q (k x in) in float64."""
     P, Q = P.double(), Q.double()
     return float(((P.T @ P) * (Q @ Q.T)).sum())

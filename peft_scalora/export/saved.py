@@ -27,7 +27,7 @@ from ..files.upgrade import upgraded
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One adapted layer: its factors, its scale s, and its accumulated change at the scale it was folded at.
+    """Saved tensors of one adapted layer: its factors, its scale s, and its change at the scale it was folded at.
 
     U and V are None for plain LoRA.
     """
@@ -52,7 +52,7 @@ class SavedLayer:
 
 
 def saved_layers(state: dict[str, Tensor], config: ScaLoRAConfig) -> dict[str, SavedLayer]:
-    """The layers of an adapter's state dict (keys without adapter names), by module name."""
+    """Return the layers of an adapter's state dict, whose keys have no adapter names, by module name."""
     layers = {}
     for suffix_B, suffix_A in FACTOR_KEYS:
         for key in state:
@@ -80,7 +80,7 @@ def _scaling(config: LoraConfig, name: str, r: int) -> float:
 
 
 def read_adapter(folder: str) -> tuple[ScaLoRAConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a saved ScaLoRA adapter.
+    """Return the configuration and the tensors of a saved ScaLoRA adapter.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: the files are not those of a ScaLoRA adapter.

@@ -1,4 +1,4 @@
-"""What the model cards of saved and exported adapters say."""
+"""Model cards of saved adapters, exported adapters and merged models."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_note(folder: str, config: LoraConfig) -> None:
 
 
 def facts_of(config: LoraConfig) -> list[tuple[str, str]]:
-    """Rank, settings and base model, as rows of a card."""
+    """Return rank, settings and base model as rows of a card."""
     targets = config.target_modules
     targets = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
     base = config.base_model_name_or_path or "unnamed"
@@ -80,9 +80,9 @@ def facts_of(config: LoraConfig) -> list[tuple[str, str]]:
 
 
 def results_of(folder: str) -> dict[str, float]:
-    """The latest losses and metrics of the run that wrote the folder, by name; empty where Trainer has left none.
+    """Return the latest losses and metrics of the run that wrote the folder, by name; empty if Trainer left none.
 
-    Read from trainer_state.json in the folder or in its last checkpoint.
+    They are read from trainer_state.json in the folder or in its last checkpoint.
     """
     for place in (folder, last_complete_checkpoint(folder)):
         try:
@@ -130,7 +130,7 @@ It loads as its base model does, without PEFT: `AutoModel....from_pretrained("pa
 
 
 def exported_card(config: LoraConfig, rank: int, error: float, obstacles: list[str], results: dict[str, float]) -> str:
-    """The card of a plain LoRA adapter."""
+    """Return the card of a plain LoRA adapter."""
     serving = f"vLLM serves it with `--enable-lora --max-lora-rank {max_lora_rank(rank)}`."
     if obstacles:
         serving = f"vLLM does not serve it: {'; '.join(obstacles)}."
@@ -140,7 +140,7 @@ def exported_card(config: LoraConfig, rank: int, error: float, obstacles: list[s
 
 
 def merged_card(config: LoraConfig, dtype: torch.dtype, error: float) -> str:
-    """The card of a merged model."""
+    """Return the card of a merged model."""
     name = str(dtype).removeprefix("torch.")
     metadata = _metadata(config, "transformers", ["scalora"])
     return _MERGED.format(metadata=metadata, dtype=name, error=error, facts=_table(*facts_of(config)))

@@ -11,10 +11,13 @@ METRICS_NAME = "metrics.json"
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest Trainer checkpoint below `folder` that was written to its end; None if there is none.
+    """Return the newest Trainer checkpoint below `folder` that was written to its end; None if there is none.
 
-    Trainer writes into the final folder, and trainer_state.json as the last of its files: a process that is killed
-    meanwhile leaves a checkpoint without it, or with a part of it, which `resume_from_checkpoint=True` would choose.
+    Trainer writes trainer_state.json as the last file of a checkpoint. A process that is killed before leaves a
+    checkpoint without that file, or with part of it, and `resume_from_checkpoint=True` would choose it.
+
+    Args:
+        folder: the `output_dir` of a Trainer; it need not exist.
     """
     if not os.path.isdir(folder):
         return None
@@ -36,7 +39,7 @@ def _is_complete(checkpoint: str, step: int) -> bool:
 
 
 def class_names(folder: str) -> list[str] | None:
-    """What the run in this folder calls its classes, by their number; None where it has none, or none is recorded."""
+    """Return the names of the classes of the run in this folder, by their number; None if none are recorded."""
     try:
         with open(os.path.join(folder, METRICS_NAME), encoding="utf-8") as file:
             return [str(label) for label in json.load(file)["labels"]]

@@ -1,4 +1,4 @@
-"""What is checked of an adapter's files before anything is built from them: they may come from anybody.
+"""Checks of an adapter's files, which may come from anybody, before anything is built from them.
 
 Adapters are read from safetensors alone, whose header gives every name, dtype and shape without reading a value.
 """
@@ -128,7 +128,7 @@ def _dense_shapes(config: LoraConfig, r: int, out_features: int, in_features: in
 
 
 def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """What rank_pattern or alpha_pattern says of a saved layer, matched as PEFT does: by its name in the base model."""
+    """Return the entry of rank_pattern or alpha_pattern for a saved layer, matched by its name in the base model."""
     # Within an attention that is adapted as a whole, its output projection has a layer of its own.
     name = name.removeprefix(PREFIX).partition(".base_layer.")[0]
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
@@ -166,6 +166,9 @@ def _check_progress(key: str, numbers: list, room: int, source: str) -> None:
 
 
 def _room(state: Mapping[str, Tensor], key: str) -> int:
-    """Columns that the layer of that progress can have in use; a dense accumulator (V of 0 x in) counts as one."""
+    """Return how many columns a layer can have in use; a dense accumulator (V of 0 x in) counts as one.
+
+    `key` is that of the layer's progress.
+    """
     V = state.get(key.replace("scalora_progress", "scalora_V"))
     return 2**63 if V is None else V.shape[0] or 1

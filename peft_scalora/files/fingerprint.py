@@ -20,13 +20,16 @@ _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter", "trainable_tokens
 
 
 def fingerprint(model: nn.Module, modules_to_save: Collection[str] | None = None) -> dict:
-    """Return {"weights": hash of all names and shapes, "values": two values of each of up to 32 weights, or None,
-    "shapes": hash of all shapes, "values_by_place": two values of each of up to 8 weights chosen by their place}.
+    """Return a fingerprint of a base model, by which another one is told from it.
 
-    The last two are for a model whose weights were renamed, as PEFT's `key_mapping` allows for. The fingerprint is the
-    same with and without adapters, in any floating-point type, and quantized by bitsandbytes or
-    torchao: weights that are quantized, sharded or not in memory have None for values. So have those of
-    `modules_to_save`: the adapter brings its own, and where the base model has none they are random at every load.
+    It is the same with and without adapters, in any floating-point type, and quantized by bitsandbytes or torchao.
+    Weights that are quantized, sharded or not in memory have None for values. So have those of `modules_to_save`: the
+    adapter brings its own, and where the base model has none they are random at every load.
+
+    Returns:
+        "weights": a hash of all names and shapes. "values": two values of each of up to 32 weights, or None.
+        "shapes": a hash of all shapes. "values_by_place": two values of each of up to 8 weights chosen by their place.
+        The last two are for a model whose weights were renamed, as PEFT's `key_mapping` allows for.
     """
     weights = _base_weights(model)
     shapes = sorted((name, list(_shape(weight))) for name, weight in weights.items())
@@ -48,12 +51,12 @@ def fingerprint(model: nn.Module, modules_to_save: Collection[str] | None = None
 
 
 def short(recorded: dict) -> str:
-    """Eight letters of a fingerprint, for people."""
+    """Return eight letters of a fingerprint, for people to compare."""
     return _hash(recorded)[:8]
 
 
 def difference(recorded: dict, current: dict) -> str | None:
-    """What tells the two models apart, in words; None if nothing does."""
+    """Return in words how the models of two fingerprints differ; None if they do not."""
     values = "values"
     if recorded["weights"] != current["weights"]:
         # Adapters of older releases have recorded the names alone.
@@ -66,7 +69,7 @@ def difference(recorded: dict, current: dict) -> str | None:
 
 
 def check(recorded) -> None:
-    """Raises ValueError for what is no fingerprint: it may come from anybody's adapter_config.json."""
+    """Refuse a value that is no fingerprint, since adapter_config.json may come from anybody; raises ValueError."""
     if recorded is None:
         return
     hashes, lists = ("weights", "shapes"), ("values", "values_by_place")
@@ -86,7 +89,10 @@ def _is_values(value) -> bool:
 
 
 def _base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that the model has without adapters, by the names they have then. Biases may be trained."""
+    """Return the base model's weights, by the names that they have without adapters.
+
+    Biases are left out, since they may be trained.
+    """
     weights = {}
     for name, parameter in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -97,13 +103,16 @@ def _base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _in_modules(weight: str, modules_to_save: Collection[str]) -> bool:
-    """PEFT takes every module whose name ends so: "classifier" is "pre_classifier" too."""
+    """Tell whether a weight is in a module to save.
+
+    PEFT takes every module whose name ends so: "classifier" is "pre_classifier" too.
+    """
     parts = weight.split(".")
     return any(".".join(parts[:end]).endswith(tuple(modules_to_save)) for end in range(1, len(parts)))
 
 
 def _shape(weight: nn.Parameter) -> tuple[int, ...]:
-    """As without quantization (bitsandbytes packs 4-bit weights) and partitioning (DeepSpeed empties its tensors)."""
+    """Return the shape of a weight before bitsandbytes packed it to 4 bit or DeepSpeed partitioned it."""
     quant_state = getattr(weight, "quant_state", None)
     return tuple(quant_state.shape if quant_state is not None else getattr(weight, "ds_shape", weight.shape))
 

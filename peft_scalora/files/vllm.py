@@ -1,4 +1,4 @@
-"""What vLLM serves: its rules for LoRA folders (those of vLLM 0.33)."""
+"""Rules of vLLM 0.33 for the LoRA folders that it serves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _KEPT_MODULES = ("classifier", "score")
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """The lowest --max-lora-rank that serves an adapter of that rank; None above all of them."""
+    """Return the lowest --max-lora-rank that serves an adapter of that rank; None if no value is high enough."""
     return next((allowed for allowed in MAX_LORA_RANKS if rank <= allowed), None)
 
 
 def obstacles(config: LoraConfig, tensors: Iterable[str]) -> list[str]:
-    """Why vLLM will refuse the adapter, each in a few words; empty if it will not."""
+    """Return the reasons why vLLM will refuse the adapter, a few words each; empty if it serves the adapter."""
     rank = max([config.r, *config.rank_pattern.values()])
     found = []
     if max_lora_rank(rank) is None:

@@ -28,7 +28,10 @@ PRONOUNS = (("he", "him"), ("she", "her"), ("they", "them"))  # as subject, as o
 
 
 class Verb(NamedTuple):
-    """The forms in "she sees, they see, she saw, has seen, is seeing"; like a noun's, [0] is singular, [1] plural."""
+    """Forms of a verb, as in "she sees, they see, she saw, has seen, is seeing".
+
+    As for a noun, [0] is the singular and [1] the plural.
+    """
 
     third: str
     base: str
@@ -46,7 +49,10 @@ def _noun(singular: str) -> tuple[str, str]:
 
 
 def _verb(entry: str) -> Verb:
-    """Inflect "base" or "base:past:participle"; no verb listed doubles its last letter or changes y to i."""
+    """Inflect a verb given as "base" or "base:past:participle".
+
+    No verb listed doubles its last letter or changes y to i.
+    """
     base, *irregular = entry.split(":")
     stem = base.removesuffix("e")
     past, participle = irregular or (stem + "ed", stem + "ed")
@@ -206,14 +212,14 @@ def _shuffled(rng: Random, options: Sequence[T]) -> list[T]:
 
 
 def _agreement(rng: Random, forms: dict[str, tuple]) -> dict[str, str]:
-    """Of each (singular, plural) the form of one random number; the other one under the name with "_wrong"."""
+    """Choose singular or plural for all forms; return the chosen ones by name, the others under "NAME_wrong"."""
     number = _pick(rng, (0, 1))
     right = {name: pair[number] for name, pair in forms.items()}
     return right | {f"{name}_wrong": pair[1 - number] for name, pair in forms.items()}
 
 
 def _slots(rng: Random, lex: Lexicon) -> dict[str, Any]:
-    """Words for every slot of the templates, without a noun, name or verb in two slots that occur together.
+    """Draw words for every slot of the templates; no noun, name or verb is in two slots that occur together.
 
     social1, social2, ... are distinct verbs of a class. {n} is a noun with which {is}, {this}, {predicate}, ... agree.
     """
@@ -264,7 +270,7 @@ def _slots(rng: Random, lex: Lexicon) -> dict[str, Any]:
 
 
 def _pair(rng: Random, lex: Lexicon, phenomenon: str) -> tuple[str, str]:
-    """An acceptable sentence and its unacceptable twin."""
+    """Return an acceptable sentence and its unacceptable twin."""
     template = _pick(rng, TEMPLATES[phenomenon])
     question = template.endswith("?")
     carrier = _pick(rng, CARRIERS[:1] if question else CARRIERS) if _pick(rng, (True, False)) else "~"
@@ -275,7 +281,9 @@ def _pair(rng: Random, lex: Lexicon, phenomenon: str) -> tuple[str, str]:
 
 
 def generate(split: str, size: int, seed: int = 0, phenomena: Sequence[str] = PHENOMENA) -> list[dict[str, str | int]]:
-    """`size` different rows {"sentence", "label", "phenomenon"} of a split, "train" or "held_out", in random order.
+    """Generate `size` different rows of a split, "train" or "held_out", in random order.
+
+    A row is {"sentence", "label", "phenomenon"}; label 1 means acceptable.
 
     Labels are balanced, and so are the `phenomena` as far as whole pairs allow. Equal arguments give equal rows on
     every machine; another seed gives other sentences from the same words.

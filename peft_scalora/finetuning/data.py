@@ -15,11 +15,11 @@ __all__ = ["IGNORED_LABEL", "Fields", "encode", "find_fields", "load_rows"]
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a row hold what; empty names are guessed from the common ones.
+    """Names of a row's fields by what they hold; empty names are guessed from the common ones.
 
-    `input` is what an instruction is about (Alpaca's format), may be empty in a row, and follows the prompt. `messages`
-    are a conversation, of which the assistant's turns are trained on; where prompt and completion are lists of
-    messages, the completion's.
+    `input` is what an instruction is about (Alpaca's format). It follows the prompt and may be empty in a row.
+    `messages` are a conversation; its assistant's turns are trained on. Where prompt and completion are lists of
+    messages, the turns of the completion are.
     """
 
     text: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Fields:
 
 @dataclass
 class Lengths:
-    """What became of rows at the longest length allowed."""
+    """Counts of rows: all, those left out and those cut at the longest length allowed."""
 
     rows: int
     left_out: int = 0

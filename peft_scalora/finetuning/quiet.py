@@ -10,7 +10,7 @@ import transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the reports and bars of loading and encoding: what matters of them is said in the run's own lines."""
+    """Hide the reports and progress bars of loading and encoding; the run's own lines say what matters of them."""
     import datasets
 
     level = transformers.logging.get_verbosity()

@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass
 class RunData:
-    """The checked rows of a run by part ("train", "eval" and, where there are such rows, "test").
+    """Checked rows of a run by part: "train", "eval" and, where there are such rows, "test".
 
     Attributes:
         hashes: of the content of every source, by the name of its setting.
@@ -50,7 +50,7 @@ class RunData:
 
     @property
     def is_chat(self) -> bool:
-        """The rows are conversations, which go through the model's chat template."""
+        """True where the rows are conversations, which go through the model's chat template."""
         first = self.parts["train"][0]
         return bool(self.fields.messages) or isinstance(first.get(self.fields.prompt), list)
 

@@ -28,7 +28,7 @@ def _setting(default=MISSING, help: str = "", allowed: str | tuple[str, ...] = "
 
 @dataclass
 class FinetuneSettings:
-    """Everything that decides a run; saved with its results. Strings are converted to a setting's type.
+    """Settings that decide a run; they are saved with its results. Strings are converted to a setting's type.
 
     Raises:
         ValueError: names the setting, its value and what it may be.

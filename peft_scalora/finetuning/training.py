@@ -27,11 +27,11 @@ _SHOWN = {"loss": "loss", "scalora/effective_rank": "rank", "learning_rate": "le
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training stopped because the loss is nan or infinite; the last checkpoint is in the output folder."""
+    """Error of a training whose loss is nan or infinite; the last checkpoint is in the output folder."""
 
 
 class StopOnNonFiniteLoss(TrainerCallback):
-    """Raises NonFiniteLoss at the first log whose loss is not finite."""
+    """Callback that raises NonFiniteLoss at the first log whose loss is not finite."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss", 0.0)
@@ -43,7 +43,7 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class LogLines(TrainerCallback):
-    """Prints one line a log: the step and its figures."""
+    """Callback that prints one line a log: the step and its figures."""
 
     def __init__(self):
         self._figures: dict[str, float] = {}
@@ -63,7 +63,7 @@ _TIMINGS = ("_runtime", "_per_second")
 
 
 class RecordingTrainer(Trainer):
-    """A Trainer that keeps the loss and the duration of every optimizer step."""
+    """Trainer that keeps the loss and the duration of every optimizer step."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Whether a run was stable, by its own losses."""
+"""Verdict on the stability of a run, by its own losses."""
 
 from __future__ import annotations
 

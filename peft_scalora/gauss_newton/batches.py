@@ -12,14 +12,14 @@ from .linearize import Forward, Loss
 
 
 class Weight:
-    """The weight of a micro-batch's loss, which `backward` tells."""
+    """Weight of a micro-batch's loss, known once `backward` has run."""
 
     value: float | Tensor = 1.0
 
 
 @dataclass
 class Batch:
-    """A micro-batch of the step in progress: its functions, its weight, its losses by step size in a line search."""
+    """Micro-batch of the step in progress: its functions, its weight, its losses by step size in a line search."""
 
     forward: Forward
     loss: Loss
@@ -28,7 +28,7 @@ class Batch:
 
 
 class KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to the parameters have been computed already."""
+    """Scalar whose gradients by the parameters have been computed already."""
 
     @staticmethod
     def forward(ctx, value: Tensor, weight: Weight, *params_and_gradients: Tensor) -> Tensor:

@@ -17,29 +17,29 @@ _LEFT_BEHIND = "_gauss_newton_put_back"  # attribute of a model while it is chan
 
 
 class GaussNewtonCallback(TrainerCallback):
-    """Trains with Gauss-Newton: `Trainer(..., callbacks=[GaussNewtonCallback(config)])`, SFTTrainer included.
+    """Callback that trains with Gauss-Newton: `Trainer(..., callbacks=[GaussNewtonCallback(config)])`, or SFTTrainer.
 
-    One step of Trainer is one step of `GaussNewton`: `inner_steps` of them, each on its own batch, move δ, the next
-    `line_search_steps` choose the step size on theirs and commit. Learning rate, its schedule, weight decay, AdamW's
-    betas, clipping, accumulation and logging stay Trainer's. The model holds the committed weights all the time, so
-    evaluation and saved models are of those. The last outer step is cut short where `max_steps` ends.
+    One step of Trainer is one step of `GaussNewton`. The first `inner_steps` steps move δ, each on a batch of its own.
+    The next `line_search_steps` choose the step size on theirs, and the last of them commits. Learning rate, its
+    schedule, weight decay, AdamW's betas, clipping, accumulation and logging stay Trainer's. The model always holds the
+    committed weights, so these are evaluated and saved. The last outer step is cut short where `max_steps` ends.
 
-    When training begins, the optimizer that Trainer made is replaced by one on the same parameters; when it ends, or
-    fails within a forward pass, that is put back. From the beginning of each step until all its gradients are there,
-    `model.forward` is one whose loss is linearized. Attention without forward-mode rules (SDPA, flash) is switched to
-    "eager" meanwhile, with a warning. What a training interrupted elsewhere leaves behind, the next GaussNewtonCallback
-    puts back.
+    When training begins, an optimizer on the same parameters replaces the one that Trainer made. When training ends, or
+    fails within a forward pass, Trainer's is put back. From the beginning of each step until all its gradients are
+    there, `model.forward` is one whose loss is linearized. Attention without forward-mode rules (SDPA, flash) is
+    switched to "eager" meanwhile, with a warning. If a training is interrupted elsewhere, the next GaussNewtonCallback
+    puts back what it left behind.
 
-    Logs gauss_newton/outer_step, gauss_newton/step_size (0: rejected) and gauss_newton/loss: that of the committed
+    Logs have gauss_newton/outer_step, gauss_newton/step_size (0: rejected) and gauss_newton/loss: that of the committed
     weights on the batches of the line search.
 
     Args:
         config: settings of the method.
-        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own. A model that
-            is none of transformers' has to return a dict with its logits, with and without labels.
+        loss: (logits, labels, **kwargs) -> scalar, for models whose loss is not one of transformers' own. A model of
+            another library has to return a dict with its logits, with and without labels.
 
-    Raises (when training begins):
-        ValueError: a setting of Trainer or the model stands against it; names the remedy.
+    Raises:
+        ValueError: when training begins, if a setting of Trainer or the model rules it out; names the remedy.
     """
 
     def __init__(self, config: GaussNewtonConfig | None = None, loss: LogitsLoss | None = None):
@@ -106,7 +106,7 @@ class GaussNewtonCallback(TrainerCallback):
 
 
 def take_over(optimizer, model: nn.Module, config: GaussNewtonConfig) -> GaussNewton:
-    """A GaussNewton on the parameters, groups and (after a checkpoint was loaded) the state of `optimizer`."""
+    """Return a GaussNewton with the parameters and groups of `optimizer`, and its state if a checkpoint was loaded."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [g | {"param_names": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
     stepped = {name for group in groups for name in group["param_names"]}
@@ -125,7 +125,7 @@ def take_over(optimizer, model: nn.Module, config: GaussNewtonConfig) -> GaussNe
 
 
 def check_arguments(args, config: GaussNewtonConfig) -> None:
-    """Refuse what Gauss-Newton cannot train with, before the first step."""
+    """Refuse training arguments that Gauss-Newton cannot train with; raises ValueError."""
     refused = {
         "fp16": (args.fp16, "it trains in float32; leave it out"),
         "bf16": (args.bf16, "it trains in float32; pass bf16=False"),
@@ -153,7 +153,7 @@ def check_arguments(args, config: GaussNewtonConfig) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """The same for what the model brings along."""
+    """Refuse models that Gauss-Newton cannot train: quantized, checkpointed or prompt-learning; raises ValueError."""
     base = base_model(model)
     if getattr(base, "is_quantized", False) or getattr(base, "quantization_method", None) is not None:
         raise ValueError(

@@ -32,7 +32,9 @@ _STUDY = {
 
 @dataclass(frozen=True)
 class GaussNewtonConfig:
-    """Gauss-Newton training (arXiv 2510.09378). One outer step is `inner_steps` + `line_search_steps` steps.
+    """Settings of Gauss-Newton training (arXiv 2510.09378).
+
+    One outer step is `inner_steps` + `line_search_steps` steps.
 
     Learning rate, its global schedule, weight decay and gradient clipping are not here: they are the optimizer's
     (`GaussNewton(lr=..., weight_decay=...)`) or Trainer's (`TrainingArguments`).
@@ -85,10 +87,17 @@ class GaussNewtonConfig:
 
     @classmethod
     def study(cls, size: Literal["45m", "150m"], **changes) -> tuple[GaussNewtonConfig, dict]:
-        """Settings published for a model of that size: the config, and the fields of TrainingArguments that go with it.
+        """Return the settings published for a model of that size, and the fields of TrainingArguments that they need.
 
-        config, arguments = GaussNewtonConfig.study("45m", layerwise=True)
-        Trainer(model, TrainingArguments("run", **arguments), ..., callbacks=[GaussNewtonCallback(config)])
+            config, arguments = GaussNewtonConfig.study("45m", layerwise=True)
+            Trainer(model, TrainingArguments("run", **arguments), ..., callbacks=[GaussNewtonCallback(config)])
+
+        Args:
+            size: "45m" or "150m", in parameters.
+            **changes: fields of the config to replace.
+
+        Raises:
+            ValueError: no settings are published for that size.
         """
         if size not in _STUDY:
             raise ValueError(f"size={size!r} must be one of {', '.join(map(repr, _STUDY))}.")

@@ -24,12 +24,12 @@ _IGNORED = -100
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """Return the transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def task_loss(model: nn.Module) -> LogitsLoss:
-    """The loss that transformers computes from the logits of a model of this class.
+    """Return the loss that transformers computes from the logits of a model of this class.
 
     Raises:
         ValueError: names the class and how to give its loss.
@@ -50,7 +50,7 @@ def task_loss(model: nn.Module) -> LogitsLoss:
 
 
 class _Caller(nn.Module):
-    """Calls a model's own forward with parameters of functional_call, while model.forward is replaced."""
+    """Module that calls a model's own forward with parameters of functional_call, while model.forward is replaced."""
 
     def __init__(self, model: nn.Module, forward: Callable):
         super().__init__()
@@ -61,15 +61,15 @@ class _Caller(nn.Module):
 
 
 class LinearizedForward:
-    """model.forward while Gauss-Newton trains it: same arguments, and a loss that is the optimizer's.
+    """Replacement of model.forward while Gauss-Newton trains: same arguments, and a loss that is the optimizer's.
 
     Outside training the model's own forward runs. The first batch is used to check that `loss` is what the model itself
     computes, so that a router loss, or a head that scales its logits, is not lost without a word. `on_error` is called
     where a training pass is interrupted or fails: Trainer tells no callback.
 
-    Raises (when called):
-        ValueError: there are no labels, or `loss` is not the model's own.
-        NotImplementedError: an operation has no forward-mode rule; says what to switch off.
+    Raises:
+        ValueError: when called, if there are no labels or `loss` is not the model's own.
+        NotImplementedError: when called, if an operation has no forward-mode rule; says what to switch off.
     """
 
     def __init__(self, model: nn.Module, optimizer: GaussNewton, loss: LogitsLoss, on_error: Callable[[], None]):
@@ -151,8 +151,11 @@ class LinearizedForward:
 
 
 def _fused_output(outputs, labels: Tensor, shift_labels: Tensor | None = None, **_):
-    """What TRL's trainers ask their models for: figures of each token, from which SFTTrainer computes the loss as minus
-    the sum of the log-probabilities over a number. That sum is `outputs.loss`, here spread evenly over the tokens."""
+    """Return the figures of each token that TRL's trainers ask their models for.
+
+    SFTTrainer computes the loss from them, as minus the sum of the log-probabilities over a number. That loss is
+    `outputs.loss`, here spread evenly over the tokens.
+    """
     from trl.trainer.utils import FusedCausalLMOutput
 
     logits = outputs.logits if shift_labels is not None else outputs.logits[:, :-1]
@@ -169,7 +172,10 @@ def _fused_output(outputs, labels: Tensor, shift_labels: Tensor | None = None, *
 
 
 class _EvenLogProbabilities(torch.autograd.Function):
-    """-loss / tokens at every token of the mask; good for losses that weigh all tokens alike, and for no others."""
+    """Function with the value -loss / tokens at every token of the mask.
+
+    It is right for losses that weigh all tokens alike, and for no others.
+    """
 
     @staticmethod
     def forward(ctx, loss: Tensor, mask: Tensor) -> Tensor:

@@ -11,8 +11,13 @@ _BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")  # up to the first number: model.laye
 
 
 def layers_of(names: Iterable[str]) -> list[list[str]]:
-    """Parameter names by layer for layerwise Gauss-Newton: what stands before the blocks (embedding), each block, what
-    stands behind them (final norm, head). `names` are in the order of the model."""
+    """Group parameter names by layer, for layerwise Gauss-Newton.
+
+    The layers are what stands before the blocks (embedding), each block, and what stands after (final norm, head).
+
+    Args:
+        names: parameter names in the order of the model.
+    """
     layers: dict[str, list[str]] = {}
     seen_block = False
     for name in names:
@@ -24,7 +29,7 @@ def layers_of(names: Iterable[str]) -> list[list[str]]:
 
 
 def matrix_names(model: nn.Module) -> set[str]:
-    """Names of the trainable matrices that Muon is for: all but those of embeddings and of the output layer."""
+    """Return the names of the trainable matrices for Muon: all but those of embeddings and of the output layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     skipped = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head

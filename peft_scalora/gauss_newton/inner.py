@@ -1,4 +1,4 @@
-"""What an inner loop does to δ: steps of an optimizer, or conjugate gradients on the quadratic model."""
+"""Steps of an inner loop on δ: of an optimizer, or conjugate gradients on the quadratic model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def inner_rate(schedule: str, position: int, inner_steps: int) -> float:
 def make_inner_optimizers(
     delta: Tensors, muon: set[str], betas: tuple[float, float], eps: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices named in `muon` and AdamW on the rest, stepping δ itself; the rate is set at each step.
+    """Make Muon for the matrices named in `muon` and AdamW for the rest; both step δ itself.
 
-    Neither decays δ: weight decay acts on θ + δ.
+    Their rate is set at each step. Neither decays δ: weight decay acts on θ + δ.
     """
     matrices = [d for name, d in delta.items() if name in muon]
     others = [d for name, d in delta.items() if name not in muon]
@@ -65,12 +65,16 @@ def conjugate_gradient(
 
 
 def inner_product(a: Tensors, b: Tensors) -> float:
-    """⟨a, b⟩ summed over all tensors, in float64."""
+    """Return ⟨a, b⟩ summed over all tensors, in float64."""
     return float(sum((a[name].double() * b[name].double()).sum() for name in a))
 
 
 def adapt_damping(damping: float, actual: float, predicted: float) -> float:
-    """Levenberg-Marquardt's rule: more damping where the model promised too much, less where it kept its promise."""
+    """Return the damping by Levenberg-Marquardt's rule.
+
+    It rises by half where the loss fell by less than a quarter of the predicted decrease. It falls by a third where
+    the loss fell by more than three quarters of it.
+    """
     ratio = actual / predicted if predicted > 0 else 0.0
     if not ratio >= 0.25:  # nan too
         return damping * 1.5

@@ -24,7 +24,7 @@ Loss = Callable[[Tensor], Tensor]
 def linearized_loss_and_grad(
     forward: Forward, loss: Loss, params: Tensors, delta: Tensors, variant: str = "gn"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Value and gradient, with respect to δ, of the objective on the network linearized at `params`.
+    """Return value and gradient, with respect to δ, of the objective on the network linearized at `params`.
 
         variant         objective of δ                          gradient
         "gn"            ℓ(f) + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩           Jᵀ(∇ℓ(f) + H(f) Jδ)
@@ -51,14 +51,24 @@ def linearized_loss_and_grad(
 
 
 def ggn_product(forward: Forward, loss: Loss, params: Tensors, vector: Tensors) -> dict[str, Tensor]:
-    """Jᵀ H J v, the generalized Gauss-Newton matrix at `params` times `vector`. Arguments as above, v for δ."""
+    """Return Jᵀ H J v, the generalized Gauss-Newton matrix at `params` times `vector`.
+
+    Args:
+        forward: maps a dict like `params` to the outputs, one tensor of any shape; runs once.
+        loss: maps the outputs to a scalar; twice differentiable.
+        params: where the matrix is taken. Parameters that stay fixed are left out, and bound by `forward`.
+        vector: v for some of `params`; the matrix is that of these alone.
+
+    Returns:
+        The product by name of `vector`, detached, in the dtype of the parameters.
+    """
     leaves, outputs, Jv = _outputs_and_tangent(forward, params, vector)
     _, _, HJv = _derivatives(loss, outputs.detach(), Jv)
     return _pull_back(outputs, leaves, HJv)
 
 
 def _outputs_and_tangent(forward: Forward, params: Tensors, delta: Tensors):
-    """f with its graph, down to new leaves for the parameters in `delta`, and Jδ without one."""
+    """Return new leaves for the parameters in `delta`, the outputs f with a graph down to them, and Jδ without one."""
     leaves = {name: params[name].detach().requires_grad_() for name in delta}
     with torch.enable_grad(), forward_ad.dual_level(), _HandWrittenTangents():
         duals = {name: forward_ad.make_dual(leaf, delta[name]) for name, leaf in leaves.items()}
@@ -70,8 +80,11 @@ _ACTIVATIONS = (torch._C._nn.silu, torch._C._nn.gelu)  # what F.silu and F.gelu 
 
 
 class _HandWrittenTangents(TorchFunctionMode):
-    """Linear layers and activations on dual numbers as one would write them by hand. torch multiplies by a tangent of
-    zeros where a weight is frozen, and keeps a graph behind every tangent, through which nothing ever goes back."""
+    """Mode in which linear layers and activations on dual numbers are computed as one would write them by hand.
+
+    torch multiplies by a tangent of zeros where a weight is frozen, and keeps a graph behind every tangent, through
+    which nothing ever goes back.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear:
@@ -82,7 +95,7 @@ class _HandWrittenTangents(TorchFunctionMode):
 
 
 def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b with the tangent ẋ Wᵀ + x Ẇᵀ + ḃ, of the terms that there are."""
+    """Return x Wᵀ + b with the tangent ẋ Wᵀ + x Ẇᵀ + ḃ, summed over the terms that there are."""
     (x, dx), (W, dW) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weight)
     b, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
     y = F.linear(x, W, b)
@@ -94,7 +107,7 @@ def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def _dual_activation(func: Callable[..., Tensor], input: Tensor, **kwargs) -> Tensor:
-    """φ(x) with the tangent φ'(x) ẋ from the fused backward kernel, which torch takes only where there is no graph."""
+    """Return φ(x) with the tangent φ'(x) ẋ from the fused kernel, which torch takes only where there is no graph."""
     x, dx = forward_ad.unpack_dual(input)
     y = func(x, **kwargs)
     if dx is None:
@@ -105,7 +118,7 @@ def _dual_activation(func: Callable[..., Tensor], input: Tensor, **kwargs) -> Te
 
 
 def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ℓ, ∇ℓ and ∇²ℓ times a direction, at the outputs."""
+    """Return ℓ, ∇ℓ and ∇²ℓ times a direction, at the outputs."""
     leaf = outputs.requires_grad_()
     with torch.enable_grad():
         value = loss(leaf)
@@ -117,7 +130,7 @@ def _derivatives(loss: Loss, outputs: Tensor, direction: Tensor) -> tuple[Tensor
 
 
 def _gn_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
-    """ℓ + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩ and ∇ℓ + H Jδ."""
+    """Return ℓ + ⟨∇ℓ, Jδ⟩ + ½⟨Jδ, H Jδ⟩ and ∇ℓ + H Jδ."""
     value, gradient, HJd = _derivatives(loss, outputs, Jd)
     flat = Jd.flatten()
     value = value + gradient.flatten() @ flat + 0.5 * (HJd.flatten() @ flat)
@@ -125,7 +138,7 @@ def _gn_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tens
 
 
 def _prox_linear_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Tensor, Tensor]:
-    """ℓ(f + Jδ) and its gradient in the outputs."""
+    """Return ℓ(f + Jδ) and its gradient in the outputs."""
     leaf = (outputs + Jd).requires_grad_()
     with torch.enable_grad():
         value = loss(leaf)
@@ -134,6 +147,6 @@ def _prox_linear_cotangent(loss: Loss, outputs: Tensor, Jd: Tensor) -> tuple[Ten
 
 
 def _pull_back(outputs: Tensor, leaves: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-    """Jᵀ times the cotangent; zero for parameters the outputs do not depend on."""
+    """Return Jᵀ times the cotangent; zero for parameters that the outputs do not depend on."""
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangent, materialize_grads=True)
     return dict(zip(leaves, gradients))

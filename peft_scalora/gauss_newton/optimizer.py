@@ -20,7 +20,7 @@ from .linearize import Forward, Loss, ggn_product, linearized_loss_and_grad
 
 
 class GaussNewton(torch.optim.Optimizer):
-    """Full Gauss-Newton, GN-prox-linear and layerwise Gauss-Newton (arXiv 2510.09378) for a loop of one's own.
+    """Optimizer for full Gauss-Newton, GN-prox-linear and layerwise Gauss-Newton (arXiv 2510.09378) in a loop.
 
         optimizer = GaussNewton(model.named_parameters(), GaussNewtonConfig(inner_steps=32), lr=1e-2)
         for x, y in batches:  # every batch is a fresh one
@@ -30,10 +30,10 @@ class GaussNewton(torch.optim.Optimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    The parameters are the committed weights θ all the time; δ is state of the optimizer. `inner_steps` steps move δ,
-    the next `line_search_steps` compare step sizes on their batches and commit θ ← θ + α δ. Between `loss` and `step`
-    everything is as with any optimizer: gradients may be accumulated, averaged over ranks, clipped. The state dict
-    holds all there is, so a run resumes exactly, within an inner loop too.
+    The parameters always are the committed weights θ; δ is state of the optimizer. The first `inner_steps` steps move
+    δ. The next `line_search_steps` compare step sizes on their batches, and the last of them commits θ ← θ + α δ.
+    Between `loss` and `step` gradients may be accumulated, averaged over ranks or clipped, as with any optimizer. The
+    state dict holds everything, so a run resumes exactly, also within an inner loop.
 
     Args:
         params: named parameters, or groups whose "params" are named; float32 or float64. Frozen ones (requires_grad
@@ -112,6 +112,9 @@ class GaussNewton(torch.optim.Optimizer):
         Args:
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
             loss: maps the outputs to a scalar that is convex in them.
+
+        Returns:
+            A 0-d tensor; its `backward` gives the parameters the gradients that `step` needs.
         """
         batch = Batch(forward, loss, Weight())
         if self.in_line_search:
@@ -228,7 +231,7 @@ class GaussNewton(torch.optim.Optimizer):
             self._commit(best_step_size(self._alphas, progress["losses"]))
 
     def _commit(self, alpha: float) -> None:
-        """θ ← θ + α δ. The inner iterate θ + δ stays where it is, unless the step was rejected or solved for.
+        """Add α δ to θ. The inner iterate θ + δ stays where it is, unless the step was rejected or solved for.
 
         Where δ or the inner optimizers' state is not finite, the step is rejected and both start anew.
         """

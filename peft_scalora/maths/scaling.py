@@ -29,7 +29,7 @@ MIN_COLUMN_NORM = 0.1
 
 
 class Problem(NamedTuple):
-    """The bound ½ uᵀ H u - λᵀ u of a batch of layers, and the norms of the columns to scale. All float64.
+    """Bound ½ uᵀ H u - λᵀ u of a batch of layers, and the norms of the columns to scale. All float64.
 
     A column that the bound does not depend on has a zero in the diagonal of H; its scale is 1 whatever the rule says.
     """
@@ -159,7 +159,7 @@ def nonnegative_least_squares(H_L2r2r: Tensor, lam_L2r: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scaling:
-    """One way to scale the columns: an entry of `SCALINGS`.
+    """Rule to scale the columns by: an entry of `SCALINGS`.
 
     Args:
         rule: a function of a `Problem` that returns the squared scales α² and β² as one _L2r, none negative, and which

@@ -80,6 +80,13 @@ def rescale(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     Training needs no call: a hook on torch's optimizers does this when `scaling_interval` is due. Pass the optimizer
     that trains the adapters, or one that holds it, so that its moments are carried along.
 
+    Args:
+        model: a model with ScaLoRA layers, each with its gradients.
+        optimizer: the optimizer whose learning rates are used and whose state is carried along.
+
+    Returns:
+        A report of the scales and folds. Layers without gradients are counted in it as skipped.
+
     Raises:
         TypeError: the optimizer keeps state that cannot be carried through a rescaling.
         ValueError: there is no ScaLoRA adapter, or smoothness is a number and there is no learning rate.

@@ -24,7 +24,7 @@ _histories: weakref.WeakKeyDictionary[ScaLoRALayer, dict[str, History]] = weakre
 
 
 class History:
-    """A few numbers of an adapter's factors before each of the latest steps."""
+    """Samples of an adapter's factors before each of the latest steps."""
 
     def __init__(self):
         self.unread: deque[tuple[Tensor, int]] = deque(maxlen=STEPS)

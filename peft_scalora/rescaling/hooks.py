@@ -40,6 +40,9 @@ class automatic_rescaling:
 
     Args:
         enabled: True, as it is at the start, or False.
+
+    Raises:
+        TypeError: enabled is not a bool.
     """
 
     def __init__(self, enabled: bool):
@@ -61,10 +64,12 @@ class automatic_rescaling:
 def with_rescaling(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """Return a subclass of an optimizer class whose `step` rescales the ScaLoRA adapters that it steps.
 
-    It does what the hook on all optimizers does otherwise, and the hook leaves it alone: also for a training with
-    `automatic_rescaling(False)`.
+    The hook on all optimizers leaves such a class alone. It rescales with `automatic_rescaling(False)` too.
 
         optimizer = with_rescaling(torch.optim.AdamW)(model.parameters(), lr=1e-4)
+
+    Args:
+        optimizer_cls: the class to derive from. A class that rescales already is returned as it is.
 
     Raises:
         TypeError: it is no subclass of torch.optim.Optimizer.

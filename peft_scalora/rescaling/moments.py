@@ -83,7 +83,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 class OptimizerState(NamedTuple):
-    """What a rescaling has to know of an optimizer: its rule, and parameter -> state name -> state."""
+    """Rule of an optimizer and its state (parameter -> state name -> state), as a rescaling uses them."""
 
     rule: dict[str, int]
     state: Mapping[Tensor, dict[str, Tensor]]
@@ -93,13 +93,13 @@ class OptimizerState(NamedTuple):
         return cls({}, {}) if optimizer is None else cls(rule_for(optimizer), optimizer.state)
 
     def carried(self, param: Tensor) -> dict[str, int]:
-        """State name -> power of the scale, of the states that there are of `param` by now."""
+        """Return state name -> power of the scale, for the states that `param` has by now."""
         held = self.state.get(param, {})
         return {name: power for name, power in self.rule.items() if power and isinstance(held.get(name), Tensor)}
 
 
 def _has_elements(value) -> bool:
-    """Whether a state holds more than a counter, in whatever shape or container."""
+    """Tell whether a state holds more than a counter, in whatever shape or container."""
     if isinstance(value, Tensor):
         return value.numel() > 1
     if isinstance(value, dict):
@@ -108,7 +108,7 @@ def _has_elements(value) -> bool:
 
 
 def _is_unknown(name: str, value, rule: Mapping[str, int], param: Tensor) -> bool:
-    """Whether a state has no rule, or not the size that its rule is for, as GaLore's projected moments of Adam."""
+    """Tell whether a state has no rule, or not the size that its rule is for, as GaLore's projected moments of Adam."""
     if not _has_elements(value) or name in TEMPORARY_STATES or (name in _BITSANDBYTES_AUXILIARY and rule):
         return False
     return name not in rule or not isinstance(value, Tensor) or value.numel() != param.numel()
@@ -145,11 +145,10 @@ def _known_names() -> list[str]:
 
 
 def multiply(tensors_KL: list[list[Tensor]], scale_KLr: Tensor, dim: int) -> None:
-    """Multiply K kinds of matrices of L layers in place, kind k of layer l by scale_KLr[k, l] along `dim` (0 rows,
-    1 columns).
+    """Multiply K kinds of matrices of L layers in place, each by its scales along `dim` (0 rows, 1 columns).
 
-    All have one shape; convolution kernels count as matrices of their flattened trailing dimensions. The product is
-    taken in float32 or better and rounded once.
+    Kind k of layer l is multiplied by scale_KLr[k, l]. All have one shape; convolution kernels count as matrices of
+    their flattened trailing dimensions. The product is taken in float32 or better and rounded once.
     """
     tensors = [tensor.detach() for kind in tensors_KL for tensor in kind]
     stacked = torch.stack(tensors)
@@ -160,14 +159,16 @@ def multiply(tensors_KL: list[list[Tensor]], scale_KLr: Tensor, dim: int) -> Non
 
 
 def carried_scales(powers: tuple[int, ...], own_Lr: Tensor, other_Lr: Tensor) -> Tensor:
-    """Scales (K, L, R) of a factor, of its gradient and of its carried states, which have these powers."""
+    """Return the scales (K, L, r) of a factor, of its gradient and of its carried states, which have these powers."""
     by_power = {power: other_Lr if power == 1 else other_Lr**power for power in {1, *powers}}
     return torch.stack([own_Lr, other_Lr, *(by_power[power] for power in powers)])
 
 
 def carry(optimizer: OptimizerState, params: list[Tensor], scale_KLr: Tensor, dim: int) -> None:
-    """Multiply factors of one shape with the same carried states, their gradients and these states, by their
-    `carried_scales`."""
+    """Multiply factors of one shape, their gradients and their carried states by their `carried_scales`.
+
+    All factors have the same carried states.
+    """
     kinds, dense = [params, [p.grad for p in params]], [0, 1]
     for k, name in enumerate(optimizer.carried(params[0]), start=2):
         states = [optimizer.state[p] for p in params]
@@ -180,7 +181,7 @@ def carry(optimizer: OptimizerState, params: list[Tensor], scale_KLr: Tensor, di
 
 
 def _multiply_quantized(states: list[dict], name: str, scale_Lr: Tensor, dim: int) -> None:
-    """The same for bitsandbytes' blockwise 8-bit states: to float32, multiply, back with new block maxima."""
+    """Multiply bitsandbytes' blockwise 8-bit states: to float32, multiply, back with new block maxima."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
     number = name.removeprefix("state")

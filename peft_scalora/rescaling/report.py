@@ -36,7 +36,7 @@ class FoldGrams:
 
 @dataclass(repr=False)
 class RescaleReport:
-    """The scales, folds and discarded norms of one rescaling.
+    """Report of one rescaling: its scales, its folds and the norms that it discarded.
 
     Reading a figure waits for the device; keeping the report does not.
 
@@ -46,9 +46,9 @@ class RescaleReport:
             layers without a gradient, with a zero one, or with one that is not finite.
         column, scalar, exact, skipped: the counts of these labels. Theorem 5, Theorem 3 and the non-negative problem.
         median_log_alpha: median of |log α| over all columns of the layers that were scaled.
-        fold_error: largest ‖s A Bᵀ - s Ã B̃ᵀ - fold‖_F / ‖s A Bᵀ‖_F of a layer (the paper's A and B): what rounding
-            did to its function.
-        discarded: Frobenius norm, over all layers, of what recompressions left out.
+        fold_error: largest ‖s A Bᵀ - s Ã B̃ᵀ - fold‖_F / ‖s A Bᵀ‖_F of a layer (the paper's A and B): the change of its
+            function by rounding.
+        discarded: Frobenius norm, over all layers, of the parts that recompressions left out.
     """
 
     without_gradient: int = 0

@@ -34,7 +34,7 @@ _FREE_PART = 1 / 8
 
 @dataclass(frozen=True)
 class Target:
-    """One adapter in one layer, with the learning rates of its factors."""
+    """Adapter in one layer, with the learning rates of its factors."""
 
     layer: ScaLoRALayer
     adapter: str
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def accumulator(self) -> Accumulator:
-        """The view of the change accumulated so far."""
+        """View of the change accumulated so far."""
         return self.layer.accumulator(self.adapter)
 
     def group_key(self, optimizer: OptimizerState) -> tuple:
@@ -101,7 +101,7 @@ class ShapeGroup:
 
     @property
     def s(self) -> float:
-        """The scale at which change is folded."""
+        """Scale s at which change is folded."""
         return self.targets[0].accumulator.fold_scale
 
     def powers(self, optimizer: OptimizerState) -> tuple[tuple[int, ...], ...]:
@@ -117,7 +117,7 @@ class ShapeGroup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that factors are scaled in."""
+        """Dtype that factors are scaled in: float32 or better."""
         return torch.promote_types(self.targets[0].lora_B.dtype, torch.float32)
 
     def grams(self) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class GroupScales:
 
 @dataclass(frozen=True)
 class Fold:
-    """The change U V, float32, that scaling takes out of the factors of a group: zero for skipped layers."""
+    """Change U V, float32, that scaling takes out of the factors of a group: zero for skipped layers."""
 
     U_LMK: Tensor
     V_LKN: Tensor

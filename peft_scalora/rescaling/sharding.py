@@ -25,17 +25,17 @@ def is_sharded(param: Tensor) -> bool:
 
 
 def is_zero(param: Tensor) -> bool:
-    """Whether a ZeRO optimizer of DeepSpeed holds the parameter."""
+    """Tell whether a ZeRO optimizer of DeepSpeed holds the parameter."""
     return hasattr(param, "ds_id") or getattr(param, "_dp_group", None) is not None
 
 
 def has_gradients(*params: Tensor) -> bool:
-    """Whether a step would move them; DeepSpeed keeps their gradients to itself."""
+    """Tell whether a step would move all these parameters; DeepSpeed keeps their gradients to itself."""
     return all(param.grad is not None or is_zero(param) for param in params)
 
 
 def whole_value(param: Tensor) -> Tensor:
-    """The value of a parameter of which this process may hold a part."""
+    """Return the whole value of a parameter of which this process may hold a part."""
     if is_zero(param):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -44,7 +44,7 @@ def whole_value(param: Tensor) -> Tensor:
 
 
 class FullyShardedFactor:
-    """A whole copy of a DTensor, its gradient and state."""
+    """Whole copy of a DTensor, its gradient and state."""
 
     def __init__(self, param: Tensor, optimizer: OptimizerState):
         self.whole = nn.Parameter(whole_value(param))
@@ -64,7 +64,7 @@ class FullyShardedFactor:
 
 
 class ZeroFactor:
-    """A whole float32 copy of a parameter that DeepSpeed holds, its gradient and state."""
+    """Whole float32 copy of a parameter that DeepSpeed holds, its gradient and state."""
 
     def __init__(self, param: Tensor, optimizer: OptimizerState):
         from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
@@ -86,7 +86,7 @@ class ZeroFactor:
 
 
 def assemble(params: Iterable[Tensor], optimizer: OptimizerState) -> tuple[list, OptimizerState]:
-    """Whole copies of sharded parameters, in their order, and the optimizer state of these copies."""
+    """Return whole copies of sharded parameters, in their order, and the optimizer state of these copies."""
     factors = [(ZeroFactor if is_zero(param) else FullyShardedFactor)(param, optimizer) for param in params]
     return factors, OptimizerState(optimizer.rule, {factor.whole: factor.state for factor in factors})
 
@@ -111,7 +111,7 @@ def wire_deepspeed(before_step) -> None:
 
 
 def check_ranks(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Where PEFT_SCALORA_CHECK_RANKS=1: that all ranks hold the same bits.
+    """Check that all ranks hold the same bits, if PEFT_SCALORA_CHECK_RANKS=1.
 
     Raises:
         RuntimeError: names the tensor that differs.

@@ -25,7 +25,11 @@ _reports: weakref.WeakKeyDictionary[torch.optim.Optimizer, RescaleReport] = weak
 
 
 def last_report(optimizer: torch.optim.Optimizer) -> RescaleReport | None:
-    """Return the report of the latest rescaling before a step of `optimizer`; None before the first."""
+    """Return the report of the latest rescaling before a step of `optimizer`; None before the first.
+
+    Args:
+        optimizer: one that steps ScaLoRA adapters, or one that holds such an optimizer.
+    """
     reports = (_reports.get(each) for each in (optimizer, *inner_optimizers(optimizer)))
     return next((report for report in reports if report is not None), None)
 
@@ -81,7 +85,7 @@ def _targets(due: list[_Stepped], optimizer: torch.optim.Optimizer) -> list[Targ
 
 
 class _Stepped(NamedTuple):
-    """One adapter in one layer, of which an optimizer steps both factors."""
+    """Adapter in one layer, of which an optimizer steps both factors."""
 
     layer: weakref.ref[ScaLoRALayer]
     adapter: str
@@ -90,7 +94,7 @@ class _Stepped(NamedTuple):
 
 
 class _Plan:
-    """The adapters that an optimizer steps, found once for as long as layers, adapters and parameters are the same.
+    """Adapters that an optimizer steps, found once for as long as layers, adapters and parameters are the same.
 
     It keeps no layer alive, since it lives as long as the optimizer.
     """

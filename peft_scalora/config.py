@@ -82,7 +82,7 @@ class ScaLoRAConfig(LoraConfig):
 
     # Read from the rules when a command line's options are made of these fields.
     scaling: Literal[tuple(SCALINGS)] = field(  # type: ignore[valid-type]
-        default="column", metadata={"help": f"How columns are scaled, one of {', '.join(map(repr, SCALINGS))}."}
+        default="shrink", metadata={"help": f"How columns are scaled, one of {', '.join(map(repr, SCALINGS))}."}
     )
     scaling_interval: int = field(
         default=10, metadata={"help": "Optimizer steps from one rescaling to the next; 1 rescales every step."}

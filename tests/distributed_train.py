@@ -28,7 +28,9 @@ def make_model(seed):
     base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
     torch.manual_seed(seed)
     # r = 3 does not divide by two ranks.
-    return get_peft_model(base, ScaLoRAConfig(target_modules=["0", "2"], r=3, scaling_interval=3, accumulator_rank=7))
+    return get_peft_model(
+        base, ScaLoRAConfig(target_modules=["0", "2"], r=3, scaling="column", scaling_interval=3, accumulator_rank=7)
+    )
 
 
 def trainable(model):

@@ -11,7 +11,7 @@ from peft_scalora import GaussNewtonCallback, GaussNewtonConfig, ScaLoRAConfig
 ADAPTER = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": True}
 ADAPTERS = {
     "lora": LoraConfig(**ADAPTER),
-    "scalora": ScaLoRAConfig(**ADAPTER, scaling_interval=1, accumulator_rank=5),
+    "scalora": ScaLoRAConfig(**ADAPTER, scaling="column", scaling_interval=1, accumulator_rank=5),
     "full": None,
 }
 

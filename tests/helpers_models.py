@@ -161,7 +161,7 @@ every_layer_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 def scalora_config(**kwargs) -> ScaLoRAConfig:
     """Rank 2 with a scale that is not 1, rescaled at every step; an accumulator that the steps of `fill` overfill."""
-    settings = {"r": 2, "lora_alpha": 3, "scaling_interval": 1, "accumulator_rank": 5}
+    settings = {"r": 2, "lora_alpha": 3, "scaling": "column", "scaling_interval": 1, "accumulator_rank": 5}
     return ScaLoRAConfig(**settings | kwargs)
 
 

@@ -41,8 +41,8 @@ class Chain(nn.Module):
 
 def adapted(net, autocast_adapter_dtype=True, **config):
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    config = {"r": 3, "lora_alpha": 5, "scaling_interval": NEVER, "target_modules": names} | config
-    return get_peft_model(net, ScaLoRAConfig(**config), autocast_adapter_dtype=autocast_adapter_dtype)
+    settings = {"r": 3, "lora_alpha": 5, "scaling": "column", "scaling_interval": NEVER, "target_modules": names}
+    return get_peft_model(net, ScaLoRAConfig(**settings | config), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def layers_of(model):

@@ -40,7 +40,7 @@ def layer_ranks(**options):
 
 def test_defaults():
     config = ScaLoRAConfig()
-    assert (config.scaling, config.scaling_interval, config.smoothness) == ("column", 10, "auto")
+    assert (config.scaling, config.scaling_interval, config.smoothness) == ("shrink", 10, "auto")
     assert (config.accumulator, config.accumulator_rank) == ("auto", None)
     assert config.peft_type == "SCALORA"
     plain = LoraConfig()

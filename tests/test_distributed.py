@@ -115,7 +115,7 @@ def test_adapters_of_which_some_are_sharded_are_refused():
             raise AssertionError("nothing may be read before the refusal")
 
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
-    model = get_peft_model(base, ScaLoRAConfig(target_modules=["0", "1"], r=2))
+    model = get_peft_model(base, ScaLoRAConfig(target_modules=["0", "1"], r=2, scaling="column"))
     model(torch.randn(3, 6)).sum().backward()
     layer = model.base_model.model[0]
     for factor in (layer.lora_A["default"], layer.lora_B["default"]):
@@ -126,7 +126,7 @@ def test_adapters_of_which_some_are_sharded_are_refused():
 
 def test_flattened_parameters_are_refused():
     """What FSDP1 makes of a parameter with use_orig_params=True."""
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), ScaLoRAConfig(target_modules=["0"], r=2))
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), ScaLoRAConfig(target_modules=["0"], r=2, scaling="column"))
     model(torch.randn(3, 6)).sum().backward()
     layer = model.base_model.model[0]
     for factor in (layer.lora_A["default"], layer.lora_B["default"]):

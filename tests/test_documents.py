@@ -16,7 +16,7 @@ from peft_scalora import ScaLoRAConfig, stability
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CONFIG = ScaLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling_interval=2)
+CONFIG = ScaLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling="column", scaling_interval=2)
 
 
 def stand_in_trainer(*args, **kwargs) -> transformers.Trainer:

@@ -59,7 +59,7 @@ def ready_model(layers, width=24, height=40, r=4, **overrides):
     model = nn.Sequential(*[m for _ in range(layers) for m in (nn.Linear(width, height), nn.Linear(height, width))])
     settings = dict(r=r, target_modules=[str(i) for i in range(0, 2 * layers, 2)], accumulator_rank=2 * r)
     settings |= dict(accumulator="factored")  # a merged one writes each base weight, with a kernel of its own
-    model = get_peft_model(model, ScaLoRAConfig(**settings | dict(scaling_interval=1) | overrides))
+    model = get_peft_model(model, ScaLoRAConfig(**settings | dict(scaling="column", scaling_interval=1) | overrides))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     x = torch.randn(8, width)
     for _ in range(4):
@@ -99,7 +99,12 @@ class Block(nn.Module):
 def test_kernels_for_each_shape():
     """A recompression frees room for one fold: the kernels of the two rescalings share the bound."""
     config = ScaLoRAConfig(
-        r=2, accumulator="factored", accumulator_rank=16, scaling_interval=10**9, target_modules=r".*layers\.\d"
+        r=2,
+        accumulator="factored",
+        accumulator_rank=16,
+        scaling="column",
+        scaling_interval=10**9,
+        target_modules=r".*layers\.\d",
     )
     model = get_peft_model(nn.ModuleList([Block(), Block()]), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -32,6 +32,7 @@ def train(model, run, steps=12, seed=0):
 
 def trained_llama(**overrides):
     settings = dict(r=2, target_modules=["q_proj", "v_proj", "down_proj", "embed_tokens"], scaling_interval=2)
+    settings |= dict(scaling="column")  # of small factors too
     config = ScaLoRAConfig(**settings | dict(task_type="CAUSAL_LM") | overrides)
     model = get_peft_model(language_model(), config)
     return train(model, lambda m: m(input_ids=torch.randint(5, 17, (4, 8))).logits)
@@ -159,7 +160,9 @@ def test_export_keeps_what_else_the_adapter_saved(tmp_path):
 
 
 def test_export_of_convolutions_with_a_plain_lora_layer_and_a_changed_scale(tmp_path):
-    config = ScaLoRAConfig(r=2, target_modules=["conv", "grouped", "head"], scaling_interval=2, lora_bias=True)
+    config = ScaLoRAConfig(
+        r=2, target_modules=["conv", "grouped", "head"], scaling="column", scaling_interval=2, lora_bias=True
+    )
     with pytest.warns(UserWarning, match="grouped: rescaling is not defined"):
         model = get_peft_model(Convolutions(), config)
     train(model, lambda m: m(torch.randn(4, 3, 8, 8)))
@@ -188,7 +191,7 @@ class Suffixes(nn.Module):
 
 
 def test_export_keeps_apart_layers_of_which_one_name_ends_another(tmp_path):
-    config = ScaLoRAConfig(r=2, target_modules=["conv"], scaling_interval=2)
+    config = ScaLoRAConfig(r=2, target_modules=["conv"], scaling="column", scaling_interval=2)
     with pytest.warns(UserWarning, match="conv: rescaling is not defined"):
         model = get_peft_model(Suffixes(), config)
     train(model, lambda m: m(torch.randn(4, 4, 8, 8)))
@@ -227,13 +230,15 @@ def test_export_with_tied_weights(tmp_path, overrides):
     def base():
         return language_model(tie_word_embeddings=True)
 
-    model = get_peft_model(base(), ScaLoRAConfig(**dict(r=2, scaling_interval=2, task_type="CAUSAL_LM") | overrides))
+    model = get_peft_model(
+        base(), ScaLoRAConfig(**dict(r=2, scaling="column", scaling_interval=2, task_type="CAUSAL_LM") | overrides)
+    )
     check_trained_export(model, base, tmp_path / "plain")
 
 
 def test_export_of_a_transformers_model_that_carries_the_adapter_itself(tmp_path):
     model = language_model()
-    model.add_adapter(ScaLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], scaling_interval=2))
+    model.add_adapter(ScaLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], scaling="column", scaling_interval=2))
     check_trained_export(model, language_model, tmp_path / "plain")
 
 

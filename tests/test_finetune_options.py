@@ -25,6 +25,7 @@ def settings(tmp_path, **overrides):
         output=str(tmp_path / "run"),
         r=2,
         max_steps=4,
+        scaling="column",
         scaling_interval=2,
         logging_steps=2,
     )

@@ -43,7 +43,7 @@ def stop(run):
         ("lora_alpha", 32, "lora_alpha=16 there, 32 here"),
         ("learning_rate", 1e-3, "learning_rate=0.0002 there, 0.001 here"),
         ("seed", 1, "seed=0 there, 1 here"),
-        ("scaling", "scalar", "scaling='column' there, 'scalar' here"),
+        ("scaling", "scalar", "scaling='shrink' there, 'scalar' here"),
         ("text_fields", ("sentence",), "text_fields"),
     ],
 )

@@ -237,7 +237,11 @@ def unet():
     """A UNet that carries a rescaled adapter on its attention, as diffusers' training scripts add it."""
     unet = tiny_unet()
     unet.requires_grad_(False)
-    unet.add_adapter(ScaLoRAConfig(r=2, lora_alpha=3, scaling_interval=1, accumulator_rank=5, target_modules=ATTENTION))
+    unet.add_adapter(
+        ScaLoRAConfig(
+            r=2, lora_alpha=3, scaling="column", scaling_interval=1, accumulator_rank=5, target_modules=ATTENTION
+        )
+    )
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=2e-2)
     for step in range(6):
         optimizer.zero_grad()

@@ -25,6 +25,7 @@ CLOSE = {"rtol": 0, "atol": 2e-4}
 
 def config(**fields) -> ScaLoRAConfig:
     settings = dict(r=2, lora_alpha=3, target_modules="all-linear", scaling_interval=1, accumulator_rank=8)
+    settings |= dict(scaling="column")  # of small factors too
     return ScaLoRAConfig(**settings | fields)
 
 

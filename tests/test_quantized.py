@@ -105,7 +105,9 @@ def trained(folder, scheme):
     """An adapter of 50 steps, with evaluations in between, and the base's bits before them; trained once a scheme."""
     if scheme not in _trained:
         torch.manual_seed(0)
-        config = ScaLoRAConfig(r=R, target_modules="all-linear", scaling_interval=5, task_type="CAUSAL_LM")
+        config = ScaLoRAConfig(
+            r=R, target_modules="all-linear", scaling="column", scaling_interval=5, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(load_base(folder, scheme), config)
         bits = stored_bits(model)
         _trained[scheme] = train(model, evaluate=True), bits

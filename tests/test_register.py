@@ -91,7 +91,7 @@ def test_importing_again_from_scratch_works():
         from peft import get_peft_model
 
         def build(package):
-            config = package.ScaLoRAConfig(r=2, target_modules=["0"], scaling_interval=1)
+            config = package.ScaLoRAConfig(r=2, target_modules=["0"], scaling="column", scaling_interval=1)
             return get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
 
         def counts(model):

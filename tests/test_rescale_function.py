@@ -132,7 +132,9 @@ def test_one_rescaling_keeps_the_function_of_other_configurations(config):
 
 def test_two_adapters_at_once():
     model = adapted(Net(), init_lora_weights=False)
-    model.add_adapter("other", ScaLoRAConfig(r=3, target_modules=["first", "second"], init_lora_weights=False))
+    model.add_adapter(
+        "other", ScaLoRAConfig(r=3, scaling="column", target_modules=["first", "second"], init_lora_weights=False)
+    )
     model.base_model.set_adapter(["default", "other"])
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     train(model, optimizer, 3)

@@ -138,7 +138,9 @@ def test_one_model_of_two_that_share_an_optimizer():
 
 def test_only_the_adapter_that_is_trained():
     model = adapted(Net(), scaling_interval=1)
-    model.add_adapter("other", ScaLoRAConfig(r=2, scaling_interval=1, target_modules=["first", "second", "last"]))
+    model.add_adapter(
+        "other", ScaLoRAConfig(r=2, scaling="column", scaling_interval=1, target_modules=["first", "second", "last"])
+    )
     model.set_adapter("other")
     saved = {name: value for name, value in snapshot(model).items() if ".default." in name}
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
@@ -306,7 +308,7 @@ def test_one_layer_that_nobody_rescales_is_told_when_it_is_saved_and_when_it_is_
 def test_accumulators_are_float32_whatever_the_default_is():
     torch.set_default_dtype(torch.bfloat16)
     try:
-        config = ScaLoRAConfig(r=2, target_modules=["0"])
+        config = ScaLoRAConfig(r=2, scaling="column", target_modules=["0"])
         model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config, autocast_adapter_dtype=False)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -21,7 +21,9 @@ def fixed(threshold=FIXED):
 
 
 def adapter(model):
-    config = ScaLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling_interval=3)
+    config = ScaLoRAConfig(
+        r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling="column", scaling_interval=3
+    )
     return get_peft_model(model, config)
 
 

@@ -116,7 +116,7 @@ def test_adapters_that_come_and_go():
     model = adapted(Net(), scaling_interval=2)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
     train(model, optimizer, 1)
-    config = ScaLoRAConfig(r=2, scaling_interval=2, target_modules=["first", "second", "last"])
+    config = ScaLoRAConfig(r=2, scaling="column", scaling_interval=2, target_modules=["first", "second", "last"])
     model.add_adapter("other", config)
     model.set_adapter("other")
     optimizer.add_param_group({"params": trainable(model)})

@@ -20,7 +20,8 @@ from peft_scalora import (
 
 def config(**overrides):
     return ScaLoRAConfig(
-        **dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling_interval=3) | overrides
+        **dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM", scaling="column", scaling_interval=3)
+        | overrides
     )
 
 

@@ -87,7 +87,7 @@ def test_a_checkpoint_of_the_whole_model_loads(kind):
     """accelerate's save_state and DeepSpeed save state dicts of the whole model."""
     state = torch.load(SAVED / kind / "checkpoint.pt", weights_only=True)["model"]
     rank = {"factored": 5, "dense": 64}[kind]
-    config = ScaLoRAConfig(r=2, lora_alpha=3, target_modules=["0", "2"], accumulator_rank=rank)
+    config = ScaLoRAConfig(r=2, lora_alpha=3, scaling="column", target_modules=["0", "2"], accumulator_rank=rank)
     model = get_peft_model(base_model(), config).eval()
     model.load_state_dict(state)
     assert distance(model(X), EXPECTED[kind]) < 1e-6
@@ -107,7 +107,7 @@ def test_a_pickle_loads_and_trains(kind):
 
 def test_a_dense_adapter_does_not_fit_an_accumulator_that_would_lose_some_of_it():
     state = torch.load(SAVED / "dense" / "checkpoint.pt", weights_only=True)["model"]
-    config = ScaLoRAConfig(r=2, lora_alpha=3, target_modules=["0", "2"], accumulator_rank=5)
+    config = ScaLoRAConfig(r=2, lora_alpha=3, scaling="column", target_modules=["0", "2"], accumulator_rank=5)
     with pytest.raises(RuntimeError, match="size mismatch"):
         get_peft_model(base_model(), config).load_state_dict(state)
 
@@ -115,7 +115,7 @@ def test_a_dense_adapter_does_not_fit_an_accumulator_that_would_lose_some_of_it(
 def test_an_accumulator_that_is_empty_stays_empty():
     state = torch.load(SAVED / "dense" / "checkpoint.pt", weights_only=True)["model"]
     fresh = {k: torch.zeros_like(v) if "scalora_U" in k or "scalora_progress" in k else v for k, v in state.items()}
-    config = ScaLoRAConfig(r=2, lora_alpha=3, target_modules=["0", "2"], accumulator_rank=64)
+    config = ScaLoRAConfig(r=2, lora_alpha=3, scaling="column", target_modules=["0", "2"], accumulator_rank=64)
     model = get_peft_model(base_model(), config)
     model.load_state_dict(fresh)
     assert ranks(model) == [(6, 0), (4, 0)]

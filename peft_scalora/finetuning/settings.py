@@ -61,7 +61,7 @@ class FinetuneSettings:
     lora_alpha: int = _setting(16, "scaling of the adapter: lora_alpha / r", "1 or more")
     lora_dropout: float = _setting(0.0, "dropout on the adapter's inputs", "at least 0 and below 1")
     target_modules: str = _setting("all-linear", "modules to adapt, comma-separated, or all-linear")
-    scaling: str = _setting("column", "rule that columns are rescaled by", ("column", "scalar", "exact", "shrink"))
+    scaling: str = _setting("shrink", "rule that columns are rescaled by", ("column", "scalar", "exact", "shrink"))
     scaling_interval: int = _setting(10, "optimizer steps from one rescaling to the next", "1 or more")
     smoothness: float | str = _setting("auto", "smoothness constant L, or auto", "above 0, or auto")
     accumulator_rank: int | None = _setting(None, "rank R of the accumulated change; 8 r unless given", "1 or more")

@@ -2,6 +2,8 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import transformers
 from helpers_gauss_newton import token_rows
 from helpers_runs import language_model, save_language_model
 from peft import get_peft_model
+from safetensors.torch import load_file
+from test_lora_only import tiny_unet
 
 import peft_scalora
 from peft_scalora import ScaLoRAConfig, stability
@@ -63,6 +67,9 @@ def names(tmp_path, monkeypatch) -> dict:
     public = {name: getattr(peft_scalora, name) for name in peft_scalora.__all__}
     public |= {name: getattr(stability, name) for name in stability.__all__}
     trainer = stand_in_trainer()
+    trainer.train()
+    trainer.state.save_to_json("run/trainer_state.json")
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(trained.parameters(), lr=1e-3), 100)
     return public | {
         "torch": torch,
         "transformers": transformers,
@@ -72,11 +79,19 @@ def names(tmp_path, monkeypatch) -> dict:
         "base_model": language_model(),
         "optimizer": torch.optim.AdamW(trained.parameters(), lr=1e-3),
         "DIR": "searches",
+        "cosine": cosine,
+        # Searches of many runs, which have tests of their own.
+        "sweep_learning_rate": lambda make, **settings: SimpleNamespace(unstable_base_learning_rate=1.0),
+        "search_warmup": lambda make, rate, **settings: SimpleNamespace(warmup_steps=10),
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_blocks_run(document, names):
+    if document.name == "stability.md":  # which changes models before they have adapters
+        names["model"] = names["base_model"]
+    if document.name == "serving.md":
+        names |= {"unet": tiny_unet(), "load_file": load_file, "pipeline": mock.Mock()}
     for block in BLOCK.findall(document.read_text()):
         exec(compile(block, document.name, "exec"), names)

@@ -65,7 +65,8 @@ def base_tensors(model) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in state.items() if "lora_" not in name and isinstance(t, torch.Tensor)}
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="local folder or hub id")
     parser.add_argument("--data", default="openai/gsm8k:main", help="file or hub dataset")
@@ -81,12 +82,13 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/qlora")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
-    torch.manual_seed(arguments.seed)
+
+def make_trainer(arguments: argparse.Namespace) -> Trainer:
+    """Return a Trainer of a ScaLoRA adapter on the quantized base."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    data = load_data(arguments, tokenizer)
     config = ScaLoRAConfig(
         r=arguments.r,
         lora_alpha=2 * arguments.r,
@@ -94,10 +96,8 @@ def main() -> None:
         scaling_interval=arguments.scaling_interval,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_base(arguments), config)
-    before = base_tensors(model)
     trainer = Trainer(
-        model=model,
+        model=get_peft_model(load_base(arguments), config),
         args=TrainingArguments(
             output_dir=arguments.output,
             per_device_train_batch_size=arguments.batch_size,
@@ -111,27 +111,47 @@ def main() -> None:
             seed=arguments.seed,
             report_to="none",
         ),
-        train_dataset=data,
+        train_dataset=load_data(arguments, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.add_callback(ScaLoRACallback(trainer))
+    return trainer
+
+
+def difference_after_loading(trainer: Trainer, arguments: argparse.Namespace) -> float:
+    """Save the adapter, load it onto a new base, and return the largest difference of a logit."""
+    adapter = os.path.join(arguments.output, "adapter")
+    trainer.save_model(adapter)
+    loaded = PeftModel.from_pretrained(load_base(arguments), adapter).eval()
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    batch = {name: t.to(trainer.model.device) for name, t in trainer.data_collator(rows).items()}
+    with torch.no_grad():
+        return float((loaded(**batch).logits - trainer.model(**batch).logits).abs().max())
+
+
+def cost_of_merging_in_place(model: PeftModel) -> str:
+    """Merge into the quantized base, which rounds the sum again, and return what the warning says of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_and_unload()
+    message = next(str(warning.message) for warning in caught if "quantized" in str(warning.message))
+    return message.partition(". ")[0]
+
+
+def main() -> None:
+    arguments = parse()
+    torch.manual_seed(arguments.seed)
+    trainer = make_trainer(arguments)
+    model = trainer.model
+    before = base_tensors(model)
     trainer.train()
 
     model.eval()
     after = base_tensors(model)
     ranks = effective_rank(model)
-    adapter = os.path.join(arguments.output, "adapter")
-    trainer.save_model(adapter)
-    loaded = PeftModel.from_pretrained(load_base(arguments), adapter).eval()
-    batch = {name: t.to(model.device) for name, t in trainer.data_collator([data[i] for i in range(4)]).items()}
-    with torch.no_grad():
-        apart = float((loaded(**batch).logits - model(**batch).logits).abs().max())
+    apart = difference_after_loading(trainer, arguments)
     plain = export_lora(model, os.path.join(arguments.output, "plain_lora"))
     merged = export_merged(model, os.path.join(arguments.output, "merged"), dtype=torch.bfloat16)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.merge_and_unload()  # the other way of merging, which quantizes the sum again
-    cost = next(str(warning.message) for warning in caught if "quantized" in str(warning.message))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures = {
         "first and last loss": [losses[0], losses[-1]],
@@ -141,7 +161,7 @@ def main() -> None:
         "largest difference of a logit after saving and loading": apart,
         "plain LoRA": {"rank": plain.rank, "vLLM --max-lora-rank": plain.max_lora_rank},
         "merged, unquantized": {"dtype": str(merged.dtype), "relative error": merged.relative_error},
-        "merged in place": cost.partition(". ")[0],
+        "merged in place": cost_of_merging_in_place(model),
     }
     print(json.dumps(figures, indent=1))
 

@@ -1,4 +1,4 @@
-"""The package's rooms: what may import what."""
+"""The package's rooms: what may import what, and how large a module or a function may be."""
 
 import ast
 from pathlib import Path
@@ -38,11 +38,15 @@ ROOMS = (
     "cli",
     "__main__",
 )
+MOST_LINES_OF_A_MODULE = 300
+MOST_LINES_OF_A_FUNCTION = 50  # without its docstring
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
+
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "eval").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 
 
 def room_of(module: str) -> str:
@@ -105,3 +109,20 @@ def test_the_maths_know_tensors_only():
         if module.startswith("peft_scalora.maths"):
             foreign = {target.split(".")[0] for target in imported(module, path)}
             assert foreign <= {"__future__", "collections", "dataclasses", "math", "typing", "torch", "peft_scalora"}
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Return the lines of a function without those of its docstring."""
+    first = function.body[0]
+    has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    documented = first.end_lineno - first.lineno + 1 if has_docstring else 0
+    return function.end_lineno - function.lineno + 1 - documented
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_can_be_read_at_once(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES_OF_A_MODULE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert lines_of(node) <= MOST_LINES_OF_A_FUNCTION, node.name

@@ -28,10 +28,7 @@ PRONOUNS = (("he", "him"), ("she", "her"), ("they", "them"))  # as subject, as o
 
 
 class Verb(NamedTuple):
-    """Forms of a verb, as in "she sees, they see, she saw, has seen, is seeing".
-
-    As for a noun, [0] is the singular and [1] the plural.
-    """
+    """Forms of a verb ("she sees, they see, she saw, has seen, is seeing"); [0] is the singular, [1] the plural."""
 
     third: str
     base: str
@@ -49,10 +46,7 @@ def _noun(singular: str) -> tuple[str, str]:
 
 
 def _verb(entry: str) -> Verb:
-    """Inflect a verb given as "base" or "base:past:participle".
-
-    No verb listed doubles its last letter or changes y to i.
-    """
+    """Inflect "base" or "base:past:participle"; no verb listed doubles its last letter or changes y to i."""
     base, *irregular = entry.split(":")
     stem = base.removesuffix("e")
     past, participle = irregular or (stem + "ed", stem + "ed")
@@ -281,9 +275,7 @@ def _pair(rng: Random, lex: Lexicon, phenomenon: str) -> tuple[str, str]:
 
 
 def generate(split: str, size: int, seed: int = 0, phenomena: Sequence[str] = PHENOMENA) -> list[dict[str, str | int]]:
-    """Generate `size` different rows of a split, "train" or "held_out", in random order.
-
-    A row is {"sentence", "label", "phenomenon"}; label 1 means acceptable.
+    """Generate `size` different rows {"sentence", "label", "phenomenon"} of a split, "train" or "held_out".
 
     Labels are balanced, and so are the `phenomena` as far as whole pairs allow. Equal arguments give equal rows on
     every machine; another seed gives other sentences from the same words.

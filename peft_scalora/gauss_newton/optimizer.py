@@ -112,9 +112,6 @@ class GaussNewton(torch.optim.Optimizer):
         Args:
             forward: maps a dict of parameters, by the names given to the constructor, to the outputs (one tensor).
             loss: maps the outputs to a scalar that is convex in them.
-
-        Returns:
-            A 0-d tensor; its `backward` gives the parameters the gradients that `step` needs.
         """
         batch = Batch(forward, loss, Weight())
         if self.in_line_search:

@@ -5,7 +5,7 @@ from helpers_models import KINDS
 from huggingface_hub import ModelCard
 
 from peft_scalora import export_lora
-from peft_scalora.files.card import facts_of, merged_card
+from peft_scalora.files.card import facts_of, merged_card, without_empty_sections
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +44,63 @@ def test_the_card_of_a_merged_model(adapter, name, expected, monkeypatch):
 def test_facts_of_a_model_without_a_name(adapter, monkeypatch):
     monkeypatch.setattr(adapter.peft_config["default"], "base_model_name_or_path", None)
     assert dict(facts_of(adapter.peft_config["default"]))["base model"].startswith("unnamed")
+
+
+TEMPLATE = """---
+library_name: peft
+---
+
+# Model Card for Model ID
+
+<!-- Provide a quick summary. -->
+
+## Model Details
+
+### Model Description
+
+- **Developed by:** [More Information Needed]
+- **License:** [More Information Needed]
+
+## Uses
+
+<!-- Address questions
+around how the model is used. -->
+
+### Direct Use
+
+[More Information Needed]
+
+## Training Details
+
+Words of mine.
+
+### Speeds
+
+[More Information Needed]
+
+### Framework versions
+
+- PEFT 0.21.2
+"""
+
+
+def test_unfilled_sections_of_a_template_are_left_out_and_words_are_kept():
+    card = without_empty_sections(TEMPLATE)
+    assert "[More Information Needed]" not in card and "<!--" not in card
+    for unfilled in ("Model Details", "Model Description", "Uses", "Direct Use", "Speeds", "Developed by"):
+        assert unfilled not in card
+    kept = (
+        "---\nlibrary_name: peft\n---",
+        "## Training Details\n\nWords of mine.",
+        "### Framework versions\n\n- PEFT 0.21.2",
+    )
+    assert all(text in card for text in kept)
+    assert without_empty_sections(card) == card
+
+
+def test_a_saved_adapter_has_no_unfilled_card_and_claims_no_rank(adapter, tmp_path):
+    adapter.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "[More Information Needed]" not in card and "far above r" not in card
+    assert "library_name: peft" in card and "import peft_scalora" in card
+    assert "can exceed r" in card and len(card.splitlines()) < 60

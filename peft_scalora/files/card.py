@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
+_UNFILLED = "[More Information Needed]"
 _METRICS = ("loss", "train_loss", "step", "eval_", "test_")
 _TIMINGS = ("_runtime", "_per_second")
 _HEADING = "## Loading this ScaLoRA adapter"
 _END = "`peft-scalora export path/to/this/folder path/to/plain_lora`."
 _NOTE = """{heading}
 
-Trained with ScaLoRA (r={config.r}, scaling={config.scaling!r}, rescaled every {config.scaling_interval} steps): the
-weight change has a rank far above r. Install peft-scalora, then import it before loading:
+Trained with ScaLoRA (r={config.r}, scaling={config.scaling!r}, rescaled every {config.scaling_interval} steps). The
+rank of its weight change can exceed r; `peft-scalora info path/to/this/folder` tells by how much. Install peft-scalora,
+then import it before loading:
 
 ```python
 # {install}
@@ -59,8 +62,31 @@ def write_note(folder: str, config: LoraConfig) -> None:
     for each in folders:
         before, _, rest = _read_card(each).partition(_HEADING)
         _, _, after = rest.partition(_END)
-        card = "\n\n".join(part.strip() for part in (before, after) if part.strip())
+        kept = without_empty_sections(before), without_empty_sections(after)
+        card = "\n\n".join(part.strip() for part in kept if part.strip())
         replace_file(os.path.join(each, "README.md"), f"{card}\n\n{note}".lstrip())
+
+
+def without_empty_sections(card: str) -> str:
+    """Return a card without the sections of PEFT's template that nobody has filled in."""
+    if _UNFILLED not in card:
+        return card
+    blocks = [block for block in re.sub(r"<!--.*?-->", "", card, flags=re.DOTALL).split("\n\n") if block.strip()]
+    filled = ["\n".join(line for line in block.splitlines() if _UNFILLED not in line).strip("\n") for block in blocks]
+    kept: list[str] = []
+    for block in filter(None, filled):
+        while kept and _depth(kept[-1]) and 0 < _depth(block) <= _depth(kept[-1]):
+            kept.pop()  # a heading without text, followed by another that is no part of it
+        kept.append(block)
+    while kept and _depth(kept[-1]):
+        kept.pop()
+    return "\n\n".join(kept)
+
+
+def _depth(block: str) -> int:
+    """Return the depth of a heading that stands alone, 0 for text."""
+    match = re.fullmatch(r"(#+) [^\n]*", block.strip())
+    return len(match[1]) if match else 0
 
 
 def facts_of(config: LoraConfig) -> list[tuple[str, str]]:

@@ -195,13 +195,15 @@ def find_owned_weights(model: nn.Module) -> None:
         if isinstance(layer, MergeableLayer):
             base = layer.base_layer
             weight = base._parameters.get("weight")
-            is_single = weight is not None and storages[_storage(weight)] == 1
+            is_single = weight is not None and _storage(weight) != 0 and storages[_storage(weight)] == 1
             layer.owns_base_weight = is_single and parents[id(base)] == 1
 
 
 def _storage(param: Tensor) -> int:
-    """Return what tensors of one memory have in common; those without memory count as one, and so as shared."""
-    return 0 if param.is_meta else param.untyped_storage().data_ptr()
+    """Return what parameters of one memory have in common; those of other kinds or without memory count as shared."""
+    if type(param) is not nn.Parameter or param.is_meta:
+        return 0
+    return param.untyped_storage().data_ptr()
 
 
 def _host_copy(weight: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill") / "runs"
     script = pathlib.Path(__file__).with_name("kill_train.py")
     command = [sys.executable, str(script), str(folder), str(KILLS), "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ["PYTHONPATH"]]),
+    }
     process = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     return folder

@@ -37,7 +37,7 @@ def stand_in_trainer(*args, **kwargs) -> transformers.Trainer:
         disable_tqdm=True,
     )
     given = {name: value for name, value in kwargs.items() if name in ("callbacks", "optimizers")}
-    model = get_peft_model(language_model(), CONFIG)
+    model = kwargs.get("model") or get_peft_model(language_model(), CONFIG)
     return transformers.Trainer(model=model, args=arguments, train_dataset=token_rows(), **given)
 
 
@@ -91,6 +91,7 @@ def names(tmp_path, monkeypatch) -> dict:
 def test_python_blocks_run(document, names):
     if document.name == "stability.md":  # which changes models before they have adapters
         names["model"] = names["base_model"]
+        names["trainer"] = stand_in_trainer(model=names["base_model"])
     if document.name == "serving.md":
         names |= {"unet": tiny_unet(), "load_file": load_file, "pipeline": mock.Mock()}
     for block in BLOCK.findall(document.read_text()):

@@ -1,8 +1,8 @@
 """Measure what the rank buys in a long run: LoRA and ScaLoRA adapters on a frozen random language model.
 
-The base model is random and frozen, so the adapters have to learn all there is, and their rank is the limit. Bytes of
-generated English; held-out sentences of the same words. One JSON a run; `--report` makes the table and plot of all that
-are there.
+The base model is random and frozen, so the adapters have to learn everything, and their rank is the limit. The data are
+bytes of generated English; held-out sentences use the same words. Each run leaves one JSON, and `--report` makes the
+table and plot of all of them.
 
     for lr in 1.25e-3 2.5e-3 5e-3 1e-2; do for m in "lora 4" "scalora 4" "lora 16"; do
         python -m eval.studies.long_run --method ${m% *} --r ${m#* } --learning-rate $lr --output results/long_run

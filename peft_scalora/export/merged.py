@@ -247,7 +247,8 @@ def _unquantized(base: PreTrainedModel) -> PreTrainedModel:
             continue
         if getattr(module, "source_cls", nn.Linear) is not nn.Linear or not hasattr(module, "in_features"):
             raise ValueError(
-                f"{name}: a quantized {type(module).__name__} in the place of no nn.Linear cannot be merged."
+                f"{name}: a quantized {type(module).__name__} that replaces a layer that is not an nn.Linear cannot be "
+                "merged."
             )
         linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         linear.weight = nn.Parameter(values, requires_grad=False)

@@ -71,7 +71,7 @@ def _may_overwrite() -> bool:
 
 
 def _rows(x_TN: Tensor) -> Tensor:
-    """Flatten the leading dimensions, of which there may be none, to one."""
+    """Flatten all leading dimensions into one; there may be none."""
     return x_TN.reshape(-1, x_TN.shape[-1])
 
 

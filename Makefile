@@ -20,7 +20,7 @@ test-fast: .venv/test/installed
 lint: .venv/tools/installed
 	.venv/tools/bin/ruff check .
 	.venv/tools/bin/ruff format --check .
-	.venv/tools/bin/codespell README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests
+	.venv/tools/bin/codespell --ignore-words-list nd,uery,valeu README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests
 
 # Of the rooms whose annotations are complete; torch's own types come from the test environment.
 types: .venv/tools/installed .venv/test/installed

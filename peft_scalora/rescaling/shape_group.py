@@ -26,8 +26,8 @@ from .moments import OptimizerState, carried_scales
 from .moments import carry as carry_state
 from .report import FoldGrams, RescaleReport
 
-# Float64 numbers that recompressions hold at a time (256 MiB), so that many layers do not add up to a weight.
-_WORKSPACE = 2**25
+# Float64 numbers that recompressions hold at a time (32 MiB), so that many layers do not add up to a weight.
+_WORKSPACE = 2**22
 # A recompression leaves up to this part of the capacity free, for whole folds that need none.
 _FREE_PART = 1 / 8
 

@@ -137,6 +137,7 @@ def test_links_are_followed_to_safetensors_only(folder, target):
         ("scalora_V", lambda t: t[:, :-1].contiguous()),
         ("scalora_V", lambda t: t[0]),
         ("scalora_norms", lambda t: t[:1]),
+        ("scalora_scale", lambda t: torch.cat([t, t])),
         ("scalora_progress", lambda t: torch.cat([t, t])),
     ],
 )
@@ -172,7 +173,7 @@ def test_impossible_progress(folder, progress):
     all_refuse(folder, f"{LAYER}.scalora_progress.weight={progress}", "at most 5 columns")
 
 
-@pytest.mark.parametrize("key", ["lora_A", "scalora_U", "scalora_progress"])
+@pytest.mark.parametrize("key", ["lora_A", "scalora_U", "scalora_scale"])
 def test_wrong_types(folder, key):
     change_weights(folder, **{key: lambda t: t.to(torch.int32)})
     all_refuse(folder, f"{LAYER}.{key}.weight", "torch.int32")

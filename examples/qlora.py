@@ -75,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4")
     parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--scaling", default="shrink", help="column folds more in a short run")
     parser.add_argument("--scaling-interval", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -93,6 +94,7 @@ def make_trainer(arguments: argparse.Namespace) -> Trainer:
         r=arguments.r,
         lora_alpha=2 * arguments.r,
         target_modules="all-linear",
+        scaling=arguments.scaling,
         scaling_interval=arguments.scaling_interval,
         task_type="CAUSAL_LM",
     )

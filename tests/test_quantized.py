@@ -252,7 +252,10 @@ def test_example(folder, bits, tmp_path, monkeypatch, capsys):
     """The script that users copy, under Trainer, on text that it makes itself."""
     monkeypatch.syspath_prepend(EXAMPLES)
     arguments = ["--model", str(folder), "--generated", "--bits", bits, "--steps", "12", "--r", "2"]
-    monkeypatch.setattr("sys.argv", ["qlora.py", *arguments, "--scaling-interval", "2", "--output", str(tmp_path)])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["qlora.py", *arguments, "--scaling", "column", "--scaling-interval", "2", "--output", str(tmp_path)],
+    )
     runpy.run_path(str(EXAMPLES / "qlora.py"), run_name="__main__")
     figures = json.loads(capsys.readouterr().out.partition("\n{\n")[2].join(["{", ""]))
     assert figures["base unchanged"] is True

@@ -79,7 +79,6 @@ def test_hotswap_after_preparing_overwrote_the_configured_rank_is_refused(tmp_pa
     ("field", "other"),
     [
         ("r", {"r": 3, "lora_alpha": 3}),
-        ("lora_alpha", {"lora_alpha": 4}),
         ("accumulator_rank", {"accumulator_rank": 4}),
         ("use_rslora", {"use_rslora": True}),
         ("alpha_pattern", {"alpha_pattern": {"lin0": 5}}),

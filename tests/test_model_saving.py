@@ -78,8 +78,8 @@ def test_saved_file_holds_the_adapter_and_nothing_else(tmp_path, name, accumulat
         parts = [key for key in tensors if key.replace(".base_layer", "").startswith(f"base_model.model.{layer}.")]
         parts = {key.replace(".base_layer", "").removeprefix(f"base_model.model.{layer}.") for key in parts}
         parts = {part.removesuffix(".weight") for part in parts if part.count(".") < 2 and "proj" not in part}
-        assert {"scalora_U", "scalora_V", "scalora_norms", "scalora_progress"} <= parts
-        assert len(expected) == 6
+        assert {"scalora_U", "scalora_V", "scalora_scale", "scalora_norms", "scalora_progress"} <= parts
+        assert len(expected) == 7
     floating = {k: v for k, v in tensors.items() if "scalora_U" in k or "scalora_V" in k}
     assert all(value.dtype == torch.float32 for value in floating.values())
     assert all("lora_" in key or "classifier" in key for key in tensors)

@@ -60,9 +60,9 @@ def check_reference(trainer, start):
     with pytest.warns(UserWarning, match="'ref' .*configuration object of 'default'.*copy"):
         trainer = trainer()
     model = trainer.model
-    assert torch.equal(logits(model, "ref"), start)
+    assert distance(logits(model, "ref"), start) < 1e-6
     trainer.train()
-    assert torch.equal(logits(model, "ref"), start)
+    assert distance(logits(model, "ref"), start) < 1e-6
     assert distance(logits(model), start) > 1e-2
     assert distance(logits(model), oracle(language_model(), model, IDS)) < 1e-4
     for layer in scalora_layers(model).values():
@@ -170,7 +170,7 @@ def test_an_adapter_with_a_configuration_of_its_own_is_fresh():
         warnings.simplefilter("error")
         model.add_adapter("fresh", copy.deepcopy(model.peft_config["default"]))
     assert torch.equal(logits(model, "fresh"), language_model().eval()(input_ids=IDS).logits)
-    assert torch.equal(logits(model), start)
+    assert distance(logits(model), start) < 1e-6
 
 
 def test_a_configuration_used_twice_before_training_makes_fresh_adapters():

@@ -85,7 +85,7 @@ class _AskedFor(dict):
         return super().items()
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        super().__setitem__(name, tensor)
+        super().__setitem__(name, tensor.to(super().__getitem__(name).dtype))
         self.module._numbers = None
 
 

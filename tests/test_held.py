@@ -112,8 +112,9 @@ def test_what_is_written_to_the_buffer_counts():
         if "scalora_progress" in name:
             buffer.add_(1)
     assert layer.progress("default").numbers == [2, 3, 4]
-    layer.scalora_progress.get_submodule("default").weight = torch.tensor([3, 4, 5])
+    layer.scalora_progress.get_submodule("default").weight = torch.tensor([3, 4, 5], dtype=torch.bfloat16)
     assert layer.progress("default").numbers == [3, 4, 5]
+    assert layer.scalora_progress["default"].dtype == torch.int64
     layer.progress("default").steps += 1
     layer.load_state_dict({"scalora_progress.default.weight": torch.tensor([5, 6, 5])}, strict=False)
     assert layer.progress("default").numbers == [5, 6, 5]

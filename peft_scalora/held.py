@@ -49,11 +49,14 @@ class HostHeld(Held):
         return self._numbers
 
     def hand_over(self) -> None:
-        """Make the buffer say what the numbers are."""
+        """Make the buffer say what the numbers are; a compiled graph only reads one that is never behind them."""
+        if torch.compiler.is_compiling():
+            return
         tensor = dict.__getitem__(self._buffers, "weight")
         if self._numbers is not None and not tensor.is_meta:
-            with torch.no_grad():
-                tensor.copy_(torch.tensor(self._numbers, dtype=tensor.dtype))
+            # A new one: functional transforms allow no writing to a tensor that they did not make.
+            with torch.inference_mode(False):
+                dict.__setitem__(self._buffers, "weight", tensor.new_tensor(self._numbers))
             self._numbers = None
 
     def _apply(self, fn, recurse=True):

@@ -215,6 +215,7 @@ class _AttentionMixin(ScaLoRALayer):
     So `get_delta_weight` is enough, and forward stays PEFT's.
     """
 
+    @torch.compiler.disable  # no graph can hold what PEFT does to the weights' data; plain LoRA fails there
     def forward(self, query: Tensor, *args, **kwargs):
         return super(ScaLoRALayer, self).forward(query, *args, **kwargs)
 

@@ -70,7 +70,7 @@ class MergedBase:
     def hidden(self) -> Iterator[None]:
         """Give the base layer W0 for a while. The merged weight is not written to: a graph may still need it."""
         merged = self.base.weight
-        self.base._parameters["weight"] = self.pristine_weight()
+        self.base._parameters["weight"] = self.pristine.to(merged.device)  # a compiled graph can make no parameter
         try:
             yield
         finally:

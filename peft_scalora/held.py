@@ -18,9 +18,9 @@ class Held(nn.Module):
         self.register_buffer("weight", tensor)
 
     def _apply(self, fn, recurse=True):
-        tensor = self._buffers["weight"]
+        tensor = dict.__getitem__(self._buffers, "weight")  # past what a subclass does when it is asked
         moved = fn(tensor)
-        self._buffers["weight"] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        dict.__setitem__(self._buffers, "weight", moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
         return self
 
 
@@ -58,10 +58,6 @@ class HostHeld(Held):
             with torch.inference_mode(False):
                 dict.__setitem__(self._buffers, "weight", tensor.new_tensor(self._numbers))
             self._numbers = None
-
-    def _apply(self, fn, recurse=True):
-        dict.__setitem__(self._buffers, "weight", fn(dict.__getitem__(self._buffers, "weight")))
-        return self
 
     def __getstate__(self) -> dict:
         self.hand_over()

@@ -49,9 +49,9 @@ class History:
         return found
 
 
-def note_step(layer: ScaLoRALayer, adapter: str) -> None:
+def note_step(layer: ScaLoRALayer, adapter: str, factors: tuple[Tensor, Tensor]) -> None:
     """Remember the factors of an adapter's layer before an optimizer's step."""
-    sample = _sample(layer, adapter)
+    sample = _sample(factors)
     if sample is None:
         return
     history = _histories.setdefault(layer, {}).setdefault(adapter, History())
@@ -63,7 +63,7 @@ def note_step(layer: ScaLoRALayer, adapter: str) -> None:
 def check_history(layer: ScaLoRALayer, adapter: str) -> None:
     """Warn if factors of the layer were put back under an accumulated change of another time."""
     history = _histories.get(layer, {}).get(adapter)
-    sample = _sample(layer, adapter)
+    sample = _sample(layer.factors(adapter))
     if history is not None and sample is not None:
         history.note(sample, layer.progress(adapter).rescalings)
         _report(history, adapter)
@@ -78,10 +78,10 @@ def _report(history: History, adapter: str) -> None:
         )
 
 
-def _sample(layer: ScaLoRALayer, adapter: str) -> Tensor | None:
+def _sample(factors: tuple[Tensor, Tensor]) -> Tensor | None:
     """Return a few numbers of both factors; None where this process holds none."""
     parts = []
-    for factor in layer.factors(adapter):
+    for factor in factors:
         if is_zero(factor) or factor.is_meta:
             return None
         flat = factor.detach()

@@ -104,7 +104,7 @@ class _Plan:
         self.parameters = [weakref.ref(p) for p in _parameters(optimizer)]
         targets = targets_of(optimizer)
         self.stepped = [_Stepped(weakref.ref(t.layer), t.adapter, t.lora_B, t.lora_A) for t in targets]
-        self.layers = {each.adapter: each.layer for each in self.stepped}
+        self.noted = {each.adapter: each for each in self.stepped}  # one layer of each adapter
         self.places = [place for t in targets for p in (t.lora_B, t.lora_A) for place in _places(t.layer, p)]
         self.states = 0  # parameters that had state when it was last checked
         if targets:
@@ -120,9 +120,9 @@ class _Plan:
 
     def note_step(self) -> None:
         """Remember a few numbers of each adapter's factors, by which putting them back is noticed."""
-        for adapter, reference in self.layers.items():
+        for reference, adapter, lora_B, lora_A in self.noted.values():
             if (layer := reference()) is not None:
-                note_step(layer, adapter)
+                note_step(layer, adapter, (lora_B, lora_A))
 
     def check_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse unknown state: of the first adapter in every step, of all when more parameters have state."""

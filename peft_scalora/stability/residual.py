@@ -67,7 +67,10 @@ class ResidualAdapter(ResidualBranch):
 
     @property
     def residual_end(self) -> ResidualEnd:
-        return self.get_base_layer().residual_end
+        layer = self
+        while isinstance(layer, BaseTunerLayer):  # get_base_layer gives more than is wanted: a weight to read
+            layer = layer.base_layer
+        return layer.residual_end
 
 
 class ResidualParent:

@@ -75,7 +75,7 @@ def test_what_is_trained_is_float32_whatever_the_base(method, tmp_path):
     assert all(math.isfinite(loss) for _, _, loss in figures["losses"])
 
 
-LIKE_LORA = ("lora", "rslora", "pissa", "lora-ga", "relora", "hira", "scalora")
+LIKE_LORA = ("lora", "rslora", "pissa", "lora-ga", "relora", "hira", "gralora", "scalora")
 
 
 @every_kind
@@ -171,8 +171,8 @@ class Interrupted(Exception):
     pass
 
 
-# Not those that differ from these by a field of LoraConfig only.
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-4r", "rslora", "dora", "qlora", "hira"}))
+# Not those of PEFT that differ from these by their layers alone.
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-4r", "rslora", "dora", "qlora", "hira", "gralora"}))
 def test_a_continued_run_is_the_uninterrupted_one(method, tmp_path):
     def interrupt(model):
         raise Interrupted
@@ -230,6 +230,7 @@ def test_a_run_without_moment_transport_uses_the_optimizer_of_the_ablation(tmp_p
         ({"method": "qlora"}, "method='qlora' needs a base in 4 bit"),
         ({"method": "qscalora"}, "method='qscalora' needs a base in 4 bit"),
         ({"method": "relora", "warmup_steps": 1}, "warmup_steps=1 must be below 1"),
+        ({"method": "gralora", "r": 3}, "r=3 must be even: method='gralora'"),
         ({"method": "mora", "r": 64}, "r=64 makes MoRA's matrix"),
         ({"method": "eva", "r": 64}, "batch_size=4 gives method='eva' .* r=64 needs 128"),
     ],

@@ -1,5 +1,6 @@
 """eval/studies/frontier.py: runs trained as a population, their search, and the report of the committed runs."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import GraloraConfig, HiraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from eval.studies import frontier
+from eval.studies.frontier_alone import Alone, train_alone
 from eval.studies.frontier_population import Population, adapted, train_runs
 from eval.studies.frontier_report import cells_of, effective_rank, report
 from eval.studies.frontier_runs import METHODS, Run, append_runs, read_runs
@@ -71,7 +74,13 @@ def change(model):
 
 
 @pytest.mark.parametrize(
-    "methods", [["LoRA", "ScaLoRA column", "ScaLoRA shrink, norm² 1/3"], ["LoRA, Muon", "ScaLoRA column, Muon"]]
+    "methods",
+    [
+        ["LoRA", "ScaLoRA column", "ScaLoRA shrink, norm² 1/3"],
+        ["LoRA, Muon", "ScaLoRA column, Muon"],
+        ["ScaLoRA shrink, I = 1"],
+        ["rsLoRA"],
+    ],
 )
 def test_a_population_trains_each_run_as_it_would_train_alone(base, texts, methods):
     task = TextTask(texts)
@@ -98,6 +107,54 @@ def test_all_weights_trained_as_a_population_are_no_adapter(base, texts):
     assert all(torch.equal(p, old) for p, old in zip(base.parameters(), before))
     assert results[0]["loss"] != results[1]["loss"]
     assert results[0]["parameters"] == 16 * 48 + 16 * 16 + 2 * 16 * 64
+
+
+def trained_by_peft(base, config, run, task):
+    """Train the adapter that PEFT makes of a configuration, and return its model."""
+    torch.manual_seed(run.seed)
+    model = get_peft_model(copy.deepcopy(base), config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(run.seed)
+    for step in range(run.steps):
+        optimizer.param_groups[0]["lr"] = run.learning_rate * (1 + math.cos(math.pi * step / run.steps)) / 2
+        ids, labels = task.batch(generator)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return model
+
+
+COMMON = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ALONE = {
+    "DoRA": LoraConfig(lora_alpha=4, use_dora=True, **COMMON),
+    "HiRA": HiraConfig(**COMMON),
+    "GraLoRA": GraloraConfig(alpha=4, gralora_k=2, **COMMON),
+}
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_a_run_that_shares_no_forward_pass_trains_as_peft_s_model_does(base, texts, method):
+    task, rows = TextTask(texts), held_out_rows(texts.base_held_out)
+    run = Run("text", method, 2, 8, -5, 1)
+    result = train_alone(base, run, task, rows)
+    model = trained_by_peft(base, ALONE[method], run, task)
+    with torch.no_grad():
+        assert result["loss"] == pytest.approx(model(input_ids=task.rows_NT, labels=task.rows_NT).loss.item(), abs=1e-5)
+        assert result["base_loss"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), abs=1e-5)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_relora_restarts_between_its_cycles_and_warms_up_again(base, texts):
+    run = Run("text", "ReLoRA", 2, 80, -8, 0)
+    alone = Alone(base, run)
+    factors = [alone.rate_factor(step) for step in range(run.steps)]
+    assert [step for step, factor in enumerate(factors) if factor == 0] == [0, 20, 40, 60]
+    assert factors[50] == pytest.approx((1 + math.cos(math.pi * 50 / 80)) / 2)
+    assert factors[41] == pytest.approx((1 + math.cos(math.pi * 41 / 80)) / 4)
+    alone.train(TextTask(texts))
+    assert len(alone.restarts.merged) == 3
 
 
 def make_study(tmp_path, texts, monkeypatch, suite="text"):

@@ -28,6 +28,7 @@ METHODS: dict[str, Callable] = {
     "relora": relora,
     "mora": mora,
     "hira": peft_methods.hira,
+    "gralora": peft_methods.gralora,
     "randlora": peft_methods.randlora,
     "fourierft": peft_methods.fourierft,
     "scalora": peft_methods.scalora,

@@ -9,6 +9,7 @@ import torch
 from peft import (
     EvaConfig,
     FourierFTConfig,
+    GraloraConfig,
     HiraConfig,
     LoraConfig,
     LoraGAConfig,
@@ -133,6 +134,18 @@ def _on_device(batch: dict, model: nn.Module) -> dict:
 
 def hira(model, settings, batches) -> Prepared:
     return Prepared(get_peft_model(model, HiraConfig(r=settings.r, **common_fields(model, settings))))
+
+
+def gralora(model, settings, batches) -> Prepared:
+    """Prepare GraLoRA (arXiv 2505.20355): 2 x 2 blocks of a layer, each with an adapter of rank r / 2.
+
+    Raises:
+        ValueError: r is odd.
+    """
+    if settings.r % 2:
+        raise ValueError(f"r={settings.r} must be even: method='gralora' cuts a layer into 2 x 2 blocks.")
+    config = GraloraConfig(r=settings.r, alpha=settings.alpha, gralora_k=2, **common_fields(model, settings))
+    return Prepared(get_peft_model(model, config))
 
 
 def lora_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:

@@ -24,6 +24,7 @@ import torch
 
 from peft_scalora.files.atomic import replace_file
 
+from .frontier_alone import train_alone
 from .frontier_population import Population, train_runs
 from .frontier_report import draw, report
 from .frontier_runs import METHODS, SEARCH_SEED, Run, append_runs, read_runs
@@ -60,17 +61,20 @@ class Study:
         done = read_runs(self.path)
         alike = defaultdict(list)
         for run in dict.fromkeys(runs):
-            method = METHODS[run.method]
             if run not in done:
-                alike[run.r, run.steps, method.optimizer, method.adapter == "full"].append(run)
+                alike[run.r, run.steps, METHODS[run.method].kind].append(run)
         for missing in alike.values():
-            for start in range(0, len(missing), POPULATION):
-                self._train(missing[start : start + POPULATION])
+            at_once = POPULATION if METHODS[missing[0].method].is_shared else 1
+            for start in range(0, len(missing), at_once):
+                self._train(missing[start : start + at_once])
         return read_runs(self.path)
 
     def _train(self, runs: Sequence[Run]) -> None:
         started = time.perf_counter()
-        results = train_runs(self.base, runs, self.task, self.base_rows)
+        if METHODS[runs[0].method].is_shared:
+            results = train_runs(self.base, runs, self.task, self.base_rows)
+        else:
+            results = [train_alone(self.base, run, self.task, self.base_rows) for run in runs]
         append_runs(self.path, runs, results)
         for run, result in zip(runs, results):
             print(run, result)

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,10 +22,9 @@ from peft_scalora import ScaLoRAConfig, last_report
 from peft_scalora.layer import ScaLoRALayer
 
 from .frontier_runs import METHODS, Method, Run
+from .frontier_scores import Scored, cosine
 
 ADAPTER = "default"
-INTERVAL = 10
-IGNORED = -100
 # Rescalings whose scales are recorded, evenly over the steps.
 RECORDED = 20
 
@@ -42,9 +39,11 @@ def adapted(base: nn.Module, method: Method, r: int) -> nn.Module:
         return base
     settings = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method.adapter == "lora":
-        return get_peft_model(base, LoraConfig(**settings, **method.options))
-    lossless = {"accumulator": "factored", "accumulator_rank": base.config.hidden_size, "scaling_interval": INTERVAL}
-    return get_peft_model(base, ScaLoRAConfig(**settings, **lossless, **method.options))
+        return get_peft_model(base, LoraConfig(**settings | method.options))
+    lossless = {"accumulator": "factored", "accumulator_rank": base.config.hidden_size}
+    return get_peft_model(
+        base, ScaLoRAConfig(**settings, **lossless, scaling_interval=method.interval, **method.options)
+    )
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -100,14 +99,14 @@ class PopulationLinear(nn.Module):
         return self.left_SMr.norm(dim=1), self.right_SrN.norm(dim=2)
 
 
-class Population:
-    """Runs of one rank and length whose methods have the same optimizer."""
+class Population(Scored):
+    """Runs of one rank and length whose methods are of one kind."""
 
     def __init__(self, base: nn.Module, runs: Sequence[Run]):
         self.runs = tuple(runs)
         self.methods = [METHODS[run.method] for run in runs]
         self.copies = [self._own_model(base, run) for run in self.runs]
-        self.model = copy.deepcopy(base)
+        self.model = copy.deepcopy(base).requires_grad_(False)
         self.linears = []
         for name, module in list(self.model.named_modules()):
             if isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings():
@@ -132,24 +131,6 @@ class Population:
         ids_SNT = ids_SNT.expand(len(self.runs), -1, -1)
         return self.model(input_ids=ids_SNT.flatten(0, 1)).logits.unflatten(0, ids_SNT.shape[:2])
 
-    def losses(self, ids_SNT: Tensor, labels_SNT: Tensor) -> Tensor:
-        """Return the mean loss of the predicted bytes of each run (S)."""
-        logits = self.logits(ids_SNT)[:, :, :-1]
-        labels = labels_SNT[:, :, 1:].expand(logits.shape[:-1])
-        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
-        return losses.view(len(self.runs), -1).sum(1) / (labels != IGNORED).flatten(1).sum(1)
-
-    @torch.no_grad()
-    def held_out_losses(self, ids_NT: Tensor, labels_NT: Tensor) -> list[float]:
-        """Return the mean loss of each run on the same rows."""
-        parts = [self.losses(ids[None], labels[None]) for ids, labels in zip(ids_NT.split(32), labels_NT.split(32))]
-        return torch.stack(parts).mean(0).tolist()
-
-    def scores(self, task, base_rows_NT: Tensor) -> list[dict]:
-        """Return the task's scores of every run, and its loss on the base model's own text."""
-        forgotten = self.held_out_losses(base_rows_NT, base_rows_NT)
-        return [{**score, "base_loss": loss} for score, loss in zip(task.score(self), forgotten)]
-
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW, or Muon with updates as large as AdamW's, with one group of parameters a run."""
         groups = [{"params": own, "lr": run.learning_rate} for own, run in zip(self.parameters, self.runs)]
@@ -161,9 +142,10 @@ class Population:
         """Train all runs: cosine schedule, gradients clipped at 1 run by run; return what the factors came to."""
         steps = self.runs[0].steps
         optimizer = self.make_optimizer()
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: (1 + math.cos(math.pi * n / steps)) / 2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: cosine(n, steps))
         generators = [torch.Generator().manual_seed(run.seed) for run in self.runs]
         watch = ScaleWatch(self, optimizer)
+        interval = self.methods[0].interval
         seen = None
         for step in tqdm(range(steps), desc=f"{len(self.runs)} runs", mininterval=20):
             self._set_intervals(step)
@@ -172,7 +154,7 @@ class Population:
             self.losses(ids, labels).sum().backward()
             for own in self.parameters:
                 nn.utils.clip_grad_norm_(own, 1.0)
-            watch.is_open = step % max(INTERVAL, steps // RECORDED) < INTERVAL
+            watch.is_open = step % max(interval, steps // RECORDED) < interval
             watch.before()
             optimizer.step()
             schedule.step()
@@ -193,7 +175,7 @@ class Population:
         """Have a method with a start rescaled from there on."""
         for model, method, run in zip(self.copies, self.methods, self.runs):
             if method.start:
-                model.peft_config[ADAPTER].scaling_interval = INTERVAL if step >= method.start else run.steps + 1
+                model.peft_config[ADAPTER].scaling_interval = method.interval if step >= method.start else run.steps + 1
 
 
 class ScaleWatch:

@@ -17,10 +17,12 @@ class Method:
     """An adapter and the optimizer that trains it.
 
     Attributes:
-        adapter: "lora", "scalora" or "full" (the same weights themselves).
+        adapter: "lora", "scalora" or "full" (the same weights themselves), which share a forward pass, or another name
+            of eval.baselines.
         options: further fields of the adapter's configuration.
         optimizer: "adamw" or "muon".
         start: step before which a ScaLoRA adapter is not rescaled.
+        interval: steps from one rescaling to the next.
         first_rate: index of the learning rate at which a search begins.
     """
 
@@ -28,7 +30,19 @@ class Method:
     options: Mapping = field(default_factory=dict)
     optimizer: str = "adamw"
     start: int = 0
+    interval: int = 10
     first_rate: int = -7
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether several runs share one forward pass."""
+        return self.adapter in ("lora", "scalora", "full")
+
+    @property
+    def kind(self) -> tuple:
+        """Return what the runs of one population have in common, besides their rank and length."""
+        adapter = "factors" if self.adapter in ("lora", "scalora") else self.adapter
+        return adapter, self.options.get("lora_alpha"), self.optimizer, self.interval
 
 
 def _scalora(scaling: str, norm2: float | None = None, **settings) -> Method:
@@ -45,7 +59,16 @@ METHODS = {
     "ScaLoRA shrink, norm² 1/3": _scalora("shrink", 1 / 3),
     "ScaLoRA shrink": _scalora("shrink", 1.0),
     "ScaLoRA shrink, norm² 3": _scalora("shrink", 3.0),
+    "ScaLoRA shrink, I = 1": _scalora("shrink", 1.0, interval=1),
     "ScaLoRA shrink, Muon": _scalora("shrink", 1.0, optimizer="muon"),
+    # Of a rank r + R in place of r = 4, with the alpha of r = 4.
+    "rsLoRA": Method("lora", {"use_rslora": True, "lora_alpha": 8}),
+    "PiSSA": Method("pissa", first_rate=-10),
+    "DoRA": Method("dora"),
+    "HiRA": Method("hira", first_rate=-5),
+    "MoRA": Method("mora", first_rate=-9),
+    "ReLoRA": Method("relora"),
+    "GraLoRA": Method("gralora"),
 }
 
 

@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from peft_scalora.files.atomic import new_folder
 from peft_scalora.finetuning.corpus import generate
 
-from .frontier_population import IGNORED
+from .frontier_scores import IGNORED
 
 BYTES = 256
 BASE_LENGTH = 64

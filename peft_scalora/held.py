@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .files.upgrade import upgraded
 
+STEPS = 0  # index of the count of steps among the numbers of `Progress`
+
 
 class Held(nn.Module):
     """Holder of a buffer `weight` that moves with the model but keeps its dtype, as accumulated state has to."""
@@ -125,7 +127,7 @@ class _Number:
 class Progress:
     """Counts of one adapter in one layer: a view of what is saved as `scalora_progress`."""
 
-    steps = _Number(0)  # optimizer steps seen
+    steps = _Number(STEPS)  # optimizer steps seen
     rescalings = _Number(1)
     columns = _Number(2)  # columns of U in use
 

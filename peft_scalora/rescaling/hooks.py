@@ -19,7 +19,7 @@ from .engine import base_learning_rate
 from .moments import OptimizerState, check_state, rule_for
 from .shape_group import Target
 from .sharding import is_zero, wire_deepspeed
-from .steps import count_step, is_due, rescale_due
+from .steps import Stepped, count_step, is_due, rescale_due
 
 _EXPLICIT = "with_rescaling:"
 
@@ -181,7 +181,7 @@ def before_zero_step(engine: Any) -> None:
     # Before the first step there is no state, and asking for it would hang the ranks that do not hold the parameter.
     held = {name for state in base.state.values() for name in state} if engine.global_steps else ()
     rule = {name: power for name, power in rule_for(base).items() if name in held}
-    due = [Target(*found, rate, rate) for found in factors if is_due(*found)]
+    due = [Target(*found, rate, rate) for found in factors if is_due(Stepped.of(*found))]
     if due:
         rescale_due(due, OptimizerState(rule, {}), base)
 

@@ -29,9 +29,9 @@ def is_zero(param: Tensor) -> bool:
     return hasattr(param, "ds_id") or getattr(param, "_dp_group", None) is not None
 
 
-def has_gradients(*params: Tensor) -> bool:
-    """Tell whether a step would move all these parameters; DeepSpeed keeps their gradients to itself."""
-    return all(param.grad is not None or is_zero(param) for param in params)
+def has_gradients(lora_B: Tensor, lora_A: Tensor) -> bool:
+    """Tell whether a step would move both factors; DeepSpeed keeps their gradients to itself."""
+    return (lora_B.grad is not None or is_zero(lora_B)) and (lora_A.grad is not None or is_zero(lora_A))
 
 
 def whole_value(param: Tensor) -> Tensor:

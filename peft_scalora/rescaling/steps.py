@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..config import ScaLoRAConfig
+from ..held import STEPS, HostHeld
 from ..layer import LAYERS, ScaLoRALayer
 from .copies import check_copies
 from .engine import base_learning_rate, inner_optimizers, rescale_targets, targets_of
@@ -41,15 +43,15 @@ def rescale_due(targets: list[Target], state: OptimizerState, optimizer: torch.o
     _reports[optimizer] = report
 
 
-def is_due(layer: ScaLoRALayer, adapter: str, lora_B: nn.Parameter, lora_A: nn.Parameter) -> bool:
+def is_due(stepped: Stepped) -> bool:
     """Count a step of one adapter in one layer; tell whether its interval is over."""
-    progress = layer.progress(adapter)
-    steps = progress.steps + 1
+    numbers = stepped.held.numbers
+    numbers[STEPS] += 1
     # Engines send the factors of rank 0 to all ranks, which made adapters of their own, with their own norms.
-    if steps == 1 and dist.is_available() and dist.is_initialized():
-        layer.take_initial_norm(adapter, whole_value(lora_B), whole_value(lora_A))
-    progress.steps = steps
-    return steps % layer.scalora_config[adapter].scaling_interval == 0
+    if numbers[STEPS] == 1 and dist.is_available() and dist.is_initialized():
+        factors = whole_value(stepped.lora_B), whole_value(stepped.lora_A)
+        stepped.layer().take_initial_norm(stepped.adapter, *factors)
+    return numbers[STEPS] % stepped.config.scaling_interval == 0
 
 
 def count_step(optimizer: torch.optim.Optimizer) -> bool:
@@ -65,64 +67,86 @@ def count_step(optimizer: torch.optim.Optimizer) -> bool:
         return False
     plan.check_states(optimizer)
     plan.note_step()
-    due = []
-    for stepped in plan.stepped:
-        reference, adapter, lora_B, lora_A = stepped
-        layer = reference()
-        if layer is not None and has_gradients(lora_B, lora_A) and is_due(layer, adapter, lora_B, lora_A):
-            due.append(stepped)
+    due = plan.count()
+    if due and not plan.is_in_place():
+        plan.take_back()
+        plan = _plans[optimizer] = _Plan(optimizer)
+        due = plan.count()
     if due:
         rescale_due(_targets(due, optimizer), OptimizerState.of(optimizer), optimizer)
     return True
 
 
-def _targets(due: list[_Stepped], optimizer: torch.optim.Optimizer) -> list[Target]:
+def _targets(due: list[Stepped], optimizer: torch.optim.Optimizer) -> list[Target]:
     """Return what is to be rescaled, with its learning rates; refuse state and copies that cannot be carried along."""
     check_state(optimizer, *(stepped.lora_A for stepped in due))
     check_copies(optimizer, [p for stepped in due for p in (stepped.lora_B, stepped.lora_A)])
     rates = {id(p): base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
-    return [Target(layer(), adapter, B, A, rates[id(B)], rates[id(A)]) for layer, adapter, B, A in due]
+    return [Target(each.layer(), *each[1:4], rates[id(each.lora_B)], rates[id(each.lora_A)]) for each in due]
 
 
-class _Stepped(NamedTuple):
+class Stepped(NamedTuple):
     """Adapter in one layer, of which an optimizer steps both factors."""
 
     layer: weakref.ref[ScaLoRALayer]
     adapter: str
     lora_B: nn.Parameter
     lora_A: nn.Parameter
+    held: HostHeld  # its counts
+    config: ScaLoRAConfig
+
+    @classmethod
+    def of(cls, layer: ScaLoRALayer, adapter: str, lora_B: nn.Parameter, lora_A: nn.Parameter) -> Stepped:
+        """Return an adapter's factors in a layer with what counting its steps needs."""
+        held = layer.scalora_progress.get_submodule(adapter)
+        return cls(weakref.ref(layer), adapter, lora_B, lora_A, held, layer.scalora_config[adapter])
 
 
 class _Plan:
     """Adapters that an optimizer steps, found once for as long as layers, adapters and parameters are the same.
 
-    It keeps no layer alive, since it lives as long as the optimizer.
+    It keeps no layer alive, since it lives as long as the optimizer. Models have hundreds of layers: every operation on
+    a layer that a step takes here counts.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.version = LAYERS.version
-        self.parameters = [weakref.ref(p) for p in _parameters(optimizer)]
+        self.sizes, self.ends = _groups(optimizer)
         targets = targets_of(optimizer)
-        self.stepped = [_Stepped(weakref.ref(t.layer), t.adapter, t.lora_B, t.lora_A) for t in targets]
+        self.stepped = [Stepped.of(t.layer, t.adapter, t.lora_B, t.lora_A) for t in targets]
         self.noted = {each.adapter: each for each in self.stepped}  # one layer of each adapter
-        self.places = [place for t in targets for p in (t.lora_B, t.lora_A) for place in _places(t.layer, p)]
+        self.counts = [(t.layer.scalora_progress._modules, t.adapter) for t in targets]
+        self.places = [place for target in targets for place in _places(target)]
         self.states = 0  # parameters that had state when it was last checked
         if targets:
             check_copies(optimizer, [p for t in targets for p in (t.lora_B, t.lora_A)])
 
     def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Tell whether the plan is still right: engines that shard replace parameters, loading may as well."""
-        parameters = _parameters(optimizer)
-        if self.version is not LAYERS.version or len(self.parameters) != len(parameters):
+        """Tell whether the optimizer steps the same as before. Engines that shard replace all of its parameters."""
+        sizes, ends = _groups(optimizer)
+        if self.version is not LAYERS.version or sizes != self.sizes or not all(map(is_, ends, self.ends)):
             return False
-        known = [reference() for reference in self.parameters]
-        return all(map(is_, known, parameters)) and all(held.get(key) is value for held, key, value in self.places)
+        return all(held.get(adapter) is each.held for (held, adapter), each in zip(self.counts, self.stepped))
+
+    def is_in_place(self) -> bool:
+        """Tell whether the layers still hold what is stepped; loading may have replaced it."""
+        return all(held.get(key) is value for held, key, value in self.places)
+
+    def count(self) -> list[Stepped]:
+        """Count a step of all adapters that have gradients; return those whose interval is over."""
+        return [each for each in self.stepped if has_gradients(each.lora_B, each.lora_A) and is_due(each)]
+
+    def take_back(self) -> None:
+        """Take back the step that was counted last."""
+        for each in self.stepped:
+            if has_gradients(each.lora_B, each.lora_A):
+                each.held.numbers[STEPS] -= 1
 
     def note_step(self) -> None:
         """Remember a few numbers of each adapter's factors, by which putting them back is noticed."""
-        for reference, adapter, lora_B, lora_A in self.noted.values():
-            if (layer := reference()) is not None:
-                note_step(layer, adapter, (lora_B, lora_A))
+        for each in self.noted.values():
+            if (layer := each.layer()) is not None:
+                note_step(layer, each.adapter, (each.lora_B, each.lora_A))
 
     def check_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse unknown state: of the first adapter in every step, of all when more parameters have state."""
@@ -131,12 +155,20 @@ class _Plan:
         self.states = len(optimizer.state)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _groups(optimizer: torch.optim.Optimizer) -> tuple[list[int], list[nn.Parameter]]:
+    """Return how many parameters each group has, and the first and the last one of each."""
+    groups = [group["params"] for group in optimizer.param_groups if group["params"]]
+    return [len(group) for group in groups], [end for group in groups for end in (group[0], group[-1])]
 
 
-def _places(layer: ScaLoRALayer, parameter: nn.Parameter) -> Iterator[tuple[dict, str, Any]]:
-    """Yield where a layer keeps a parameter, as (dictionary, key, value) of every level below the layer's own."""
+def _places(target: Target) -> Iterator[tuple[dict, str, Any]]:
+    """Yield where a layer keeps the factors and their settings, as (dictionary, key, value), below its own level."""
+    yield target.layer.scalora_config, target.adapter, target.layer.scalora_config[target.adapter]
+    for parameter in (target.lora_B, target.lora_A):
+        yield from _places_of(parameter, target.layer)
+
+
+def _places_of(parameter: nn.Parameter, layer: ScaLoRALayer) -> Iterator[tuple[dict, str, Any]]:
     path = next((name for name, p in layer.named_parameters(remove_duplicate=False) if p is parameter), None)
     if path is None:
         return

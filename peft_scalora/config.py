@@ -72,7 +72,9 @@ class ScaLoRAConfig(LoraConfig):
             while its adapter trains, at the price of LoRA of rank r; all else sees the base as it was, and files hold
             U and V. "auto": merged where the weight can hold it (floating point, whole, frozen, of one module), else
             factored.
-        accumulator_rank: the rank R of the accumulator; None means 8 r. Never above min(in, out), where it is lossless.
+        accumulator_rank: the rank R of the accumulator. "auto" means 7 r: an exported adapter then has rank 8 r, a rank
+            that servers have a tier for if r is one. None means 8 r, the default of version 0.1. Never above
+            min(in, out), where it is lossless.
         base_fingerprint: what tells the base model from others; saving records it, loading warns of another base.
         requires: what a reader of adapter_config.json needs to load the adapter; informative.
 
@@ -97,7 +99,9 @@ class ScaLoRAConfig(LoraConfig):
         default="auto",
         metadata={"help": f"Where folded change acts in training, {', '.join(map(repr, ACCUMULATORS))}."},
     )
-    accumulator_rank: int | None = field(default=None, metadata={"help": "Rank R of the accumulator; None means 8 r."})
+    accumulator_rank: int | Literal["auto"] | None = field(
+        default="auto", metadata={"help": "Rank R of the accumulator; 'auto' means 7 r, None means 8 r."}
+    )
     base_fingerprint: dict | None = field(
         default=None, metadata={"help": "What tells the base model from others; recorded when the adapter is saved."}
     )
@@ -149,7 +153,7 @@ class ScaLoRAConfig(LoraConfig):
             )
         _check_choice("accumulator", self.accumulator, ACCUMULATORS)
         _check_positive_int("scaling_interval", self.scaling_interval)
-        if self.accumulator_rank is not None:
+        if self.accumulator_rank not in ("auto", None):
             _check_positive_int("accumulator_rank", self.accumulator_rank)
         if self.smoothness != "auto" and not (_is_finite(self.smoothness) and self.smoothness > 0):
             raise ValueError(f"smoothness={self.smoothness!r} must be a positive number or 'auto'.")

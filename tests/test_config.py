@@ -41,7 +41,7 @@ def layer_ranks(**options):
 def test_defaults():
     config = ScaLoRAConfig()
     assert (config.scaling, config.scaling_interval, config.smoothness) == ("shrink", 10, "auto")
-    assert (config.accumulator, config.accumulator_rank) == ("auto", None)
+    assert (config.accumulator, config.accumulator_rank) == ("auto", "auto")
     assert config.peft_type == "SCALORA"
     plain = LoraConfig()
     for field in dataclasses.fields(LoraConfig):
@@ -73,6 +73,7 @@ def test_every_own_field_is_documented():
         ("smoothness", 0.5),
         ("smoothness", 1e-30),
         ("accumulator", "factored"),
+        ("accumulator_rank", "auto"),
         ("accumulator_rank", None),
         ("accumulator_rank", 1),
     ],
@@ -127,17 +128,18 @@ def test_invalid_values_are_refused_by_name_value_and_remedy(field, value, remed
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"r": 1}, [(1, 8), (1, 8)]),
+        ({"r": 1}, [(1, 7), (1, 7)]),
         ({"r": 2}, [(2, 14), (2, 10)]),
+        ({"r": 1, "accumulator_rank": None}, [(1, 8), (1, 8)]),
         ({"r": 4, "accumulator_rank": 9}, [(4, 9), (4, 9)]),
         ({"r": 4, "accumulator_rank": 12}, [(4, 12), (4, 10)]),
         ({"r": 4, "accumulator_rank": 10**6}, [(4, 14), (4, 10)]),
-        ({"r": 1, "rank_pattern": {"lin1": 3}}, [(1, 8), (3, 10)]),
+        ({"r": 1, "rank_pattern": {"lin1": 3}}, [(1, 7), (3, 10)]),
         ({"r": 4, "accumulator_rank": 1}, [(4, 1), (4, 1)]),
     ],
     ids=str,
 )
-def test_accumulator_rank_is_8_r_unless_given_and_never_above_the_weight(options, expected):
+def test_accumulator_rank_is_7_r_unless_given_and_never_above_the_weight(options, expected):
     assert layer_ranks(**options) == expected
 
 

@@ -32,7 +32,7 @@ from peft_scalora import ScaLoRAConfig, rescale
 
 
 @pytest.mark.parametrize(
-    "accumulator", [{"accumulator_rank": 64}, {}, {"accumulator_rank": 12}], ids=["lossless", "8r", "full"]
+    "accumulator", [{"accumulator_rank": 64}, {}, {"accumulator_rank": 12}], ids=["lossless", "default", "full"]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_rescaling_keeps_the_function_and_scales_the_gradients(name, accumulator):
@@ -203,9 +203,9 @@ def test_discarded_is_what_numpy_would_leave_out():
         assert (report.discarded > 1e-3) == (count > 0)
 
 
-@pytest.mark.parametrize("r, kept", [(8, 56), (3, 58), (1, 56), (16, 64)])
-def test_a_recompression_keeps_seven_eighths_of_the_columns(r, kept):
-    """Of 64, in whole folds: up to 8 columns are free again for the next. A fold of 16 takes more: it keeps all.
+@pytest.mark.parametrize("r, kept", [(8, 56), (3, 55), (1, 55), (16, 64)])
+def test_a_recompression_keeps_six_sevenths_of_the_columns(r, kept):
+    """Of 64, in whole folds: up to 9 columns are free again for the next. A fold of 16 takes more: it keeps all.
 
     Columns that are not in use are zero.
     """

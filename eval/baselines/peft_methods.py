@@ -192,7 +192,7 @@ def scalora(model, settings, batches) -> Prepared:
         scaling=settings.scaling,
         scaling_interval=settings.scaling_interval,
         smoothness=settings.smoothness_constant,
-        accumulator_rank=settings.accumulator_rank,
+        accumulator_rank=settings.accumulator_rank or "auto",
     )
     prepared = Prepared(get_peft_model(model, config), effective_rank=effective_rank)
     if not settings.moment_transport:

@@ -54,7 +54,7 @@ class TrainingOptions:
     scaling: str = option("column", "rule by which ScaLoRA scales columns", choices=tuple(SCALINGS))
     scaling_interval: int = option(10, "steps between two rescalings")
     smoothness: str = option("auto", "the smoothness constant, or auto")
-    accumulator_rank: int | None = option(None, "rank R of the accumulated change; 8 r unless given")
+    accumulator_rank: int | None = option(None, "rank R of the accumulated change; 7 r unless given")
     moment_transport: bool = option(True, "whether a rescaling carries the optimizer's moments along")
 
     def __post_init__(self):

@@ -14,6 +14,7 @@ from ..version import install_command
 from . import fingerprint
 from .atomic import replace_file
 from .checkpoints import last_complete_checkpoint
+from .checks import accumulator_rank
 from .vllm import max_lora_rank
 
 if TYPE_CHECKING:
@@ -96,10 +97,14 @@ def facts_of(config: LoraConfig) -> list[tuple[str, str]]:
     base = config.base_model_name_or_path or "unnamed"
     if config.base_fingerprint:
         base += f" (fingerprint {fingerprint.short(config.base_fingerprint)})"
+    columns = accumulator_rank(config.accumulator_rank, config.r)
     settings = f"lora_alpha={config.lora_alpha}, smoothness={config.smoothness!r}, accumulator={config.accumulator!r}"
     return [
         ("base model", base),
-        ("rank", f"r={config.r}, and up to {config.accumulator_rank or 8 * config.r} of accumulated change"),
+        (
+            "rank",
+            f"r={config.r}, and up to {columns} of accumulated change",
+        ),
         ("settings", settings + (", use_rslora" if config.use_rslora else "")),
         ("target modules", targets),
     ]

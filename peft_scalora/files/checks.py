@@ -34,9 +34,10 @@ _STATE_SHAPES = {"scalora_norms.weight": (2,), PROGRESS_KEY: (3,)}
 _REMEDY = "The adapter is damaged or not what it says: fetch or save it again."
 
 
-def accumulator_rank(asked: int | None, r: int, out_features: int, in_features: int) -> int:
-    """Return R, the capacity in columns of the accumulator of a layer with adapter rank r."""
-    return min(asked or 8 * r, out_features, in_features)
+def accumulator_rank(asked: int | str | None, r: int, *features: int) -> int:
+    """Return R, the capacity in columns of the accumulator of a layer with adapter rank r and so many features."""
+    columns = {"auto": 7 * r, None: 8 * r}.get(asked, asked)
+    return min(columns, *features) if features else columns
 
 
 def check_folder(folder: str, config: LoraConfig) -> None:

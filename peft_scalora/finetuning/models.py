@@ -120,7 +120,7 @@ def adapter_config(settings: FinetuneSettings, modules_to_save: list[str] | None
         scaling=settings.scaling,
         scaling_interval=settings.scaling_interval,
         smoothness=settings.smoothness,
-        accumulator_rank=settings.accumulator_rank,
+        accumulator_rank=settings.accumulator_rank or "auto",
     )
 
 

@@ -64,7 +64,7 @@ class FinetuneSettings:
     scaling: str = _setting("shrink", "rule that columns are rescaled by", ("column", "scalar", "exact", "shrink"))
     scaling_interval: int = _setting(10, "optimizer steps from one rescaling to the next", "1 or more")
     smoothness: float | str = _setting("auto", "smoothness constant L, or auto", "above 0, or auto")
-    accumulator_rank: int | None = _setting(None, "rank R of the accumulated change; 8 r unless given", "1 or more")
+    accumulator_rank: int | None = _setting(None, "rank R of the accumulated change; 7 r unless given", "1 or more")
     learning_rate: float = _setting(2e-4, "peak learning rate", "above 0")
     lr_scheduler_type: str = _setting(
         "linear",

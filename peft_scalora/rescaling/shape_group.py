@@ -28,8 +28,8 @@ from .report import FoldGrams, RescaleReport
 
 # Float64 numbers that recompressions hold at a time (32 MiB), so that many layers do not add up to a weight.
 _WORKSPACE = 2**22
-# A recompression leaves up to this part of the capacity free, for whole folds that need none.
-_FREE_PART = 1 / 8
+# A recompression leaves up to one column in so many free, for whole folds that need none: one fold, where R is 7 r.
+_FREE_ONE_IN = 7
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _columns_kept(accumulator: Accumulator, added: int) -> int:
     """Return the columns that a recompression keeps: all where they hold any change without loss."""
     if accumulator.is_lossless:
         return accumulator.capacity
-    return accumulator.capacity - int(accumulator.capacity * _FREE_PART) // added * added
+    return accumulator.capacity - accumulator.capacity // _FREE_ONE_IN // added * added
 
 
 def _pieces(batch: list[tuple[ShapeGroup, Fold]], columns: int) -> Iterator[list[tuple[list[Target], Fold]]]:

@@ -1,7 +1,8 @@
 """Measure what ScaLoRA costs over LoRA: step time, memory, checkpoint size, and where a rescaling spends its time.
 
-All methods train the same randomly initialised model on the same batch, interleaved in one process, so that what the
-machine does besides hits all of them. Ratios to LoRA are taken pair by pair and summarised by median and quartiles.
+All methods train the same randomly initialised model on the same batch in one process. Every measurement of a method
+lies between two steps of LoRA, over whose mean its ratio is taken, so that what the machine does besides hits both.
+Ratios are summarised by median and quartiles.
 
     python -m eval.overhead --shape smollm2-135m --tokens 512 --r 8 --repeats 7 --output results/overhead
 
@@ -26,7 +27,7 @@ import transformers
 
 import peft_scalora
 import peft_scalora.rescaling.engine as engine
-from eval.harness.timing import quartiles, ratios, timed, with_interval
+from eval.harness.timing import quartiles, spread, timed, with_interval
 from eval.overhead_bill import bill_of
 from eval.overhead_runs import SHAPES, Method, Run, make_base, make_run, methods
 from peft_scalora import ScaLoRAConfig
@@ -38,34 +39,39 @@ INTERVALS = (1, 10)
 
 
 def measure(base, methods: dict[str, Method], ids: torch.Tensor, repeats: int, device: str) -> dict:
-    """Return seconds of every step by method, and its bill."""
+    """Return the seconds of steps, as a method's and LoRA's beside it, by method; and bills by method."""
     runs = {}
     for name, method in methods.items():
         gc.collect()
         runs[name] = make_run(base, method, ids)
-    seconds = {name: [] for name in runs}
-    # A recompression takes turns with a plain fold, and so does a merge: two steps of each make one measurement.
+    lora = runs["lora"]
+    seconds = {name: [] for name in runs if name != "lora"}
     for repeat in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(statistics.mean(timed(device, lambda run=run: run.step(ids)) for _ in range(2)))
-        print(
-            f"repeat {repeat + 1}/{repeats}: " + ", ".join(f"{n} {s[-1]:.3f}" for n, s in seconds.items()), flush=True
-        )
+        before = timed(device, lambda: lora.step(ids))
+        for name in seconds:
+            # A recompression takes turns with a plain fold, and so does a merge: two steps make one measurement.
+            own = statistics.mean(timed(device, lambda run=runs[name]: run.step(ids)) for _ in range(2))
+            after = timed(device, lambda: lora.step(ids))
+            seconds[name].append((own, (before + after) / 2))
+            before = after
+        latest = ", ".join(f"{name} {own:.3f}/{beside:.3f}" for name, [*_, (own, beside)] in seconds.items())
+        print(f"repeat {repeat + 1}/{repeats}: {latest}", flush=True)
     bills = {name: bill_of(run, ids).as_dict() for name, run in runs.items()}
     return {"seconds": seconds, "bills": bills, "runs": runs}
 
 
-def summarize(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summarize(seconds: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
     """Return step time over LoRA's by method; a rescaling in every step is spread over its interval."""
-    rows = {}
-    for name, values in seconds.items():
+    rows = {"lora": [1.0]}
+    relative = {name: [own / beside for own, beside in pairs] for name, pairs in seconds.items()}
+    for name, values in relative.items():
         kind, _, part = name.partition(", ")
         if part == "rescaling":
-            without = seconds[f"{kind}, no rescaling"]
+            without = relative[f"{kind}, no rescaling"]
             rows |= {f"scalora {kind}, I={i}": with_interval(without, values, i) for i in INTERVALS}
         elif part != "no rescaling":
             rows[name] = values
-    return {name: {"seconds": statistics.median(v), **ratios(v, seconds["lora"])} for name, v in rows.items()}
+    return {name: spread(values) for name, values in rows.items()}
 
 
 def bill_name(name: str) -> str:
@@ -162,7 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="tokens a step")
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--accumulator-rank", type=int, help="R; 8 r unless given")
+    parser.add_argument("--accumulator-rank", type=int, help="R; 7 r unless given")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on a GPU unless given")
     parser.add_argument("--methods", nargs="+", help="only these beside LoRA and ScaLoRA")
@@ -203,7 +209,7 @@ def measure_all(arguments: argparse.Namespace, device: str) -> dict:
 
 def main() -> None:
     arguments = parse()
-    arguments.accumulator_rank = arguments.accumulator_rank or 8 * arguments.r
+    arguments.accumulator_rank = arguments.accumulator_rank or 7 * arguments.r
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = measure_all(arguments, device)
     os.makedirs(arguments.output, exist_ok=True)

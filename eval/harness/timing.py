@@ -27,15 +27,19 @@ def timed(device: str, call: Callable[[], None]) -> float:
 
 
 def with_interval(without: list[float], rescaling: list[float], interval: float) -> list[float]:
-    """Return the mean seconds of a step where one step in `interval` rescales."""
+    """Return the mean time of a step where one step in `interval` rescales."""
     return [a + (b - a) / interval for a, b in zip(without, rescaling)]
 
 
 def ratios(seconds: Sequence[float], others: Sequence[float]) -> dict[str, float]:
     """Return median and quartiles of `seconds` over those of the others, pair by pair."""
-    pairs = [a / b for a, b in zip(seconds, others)]
-    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
-    return {"median": statistics.median(pairs), "low": low, "high": high}
+    return spread([a / b for a, b in zip(seconds, others)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "low": low, "high": high}
 
 
 def quartiles(found: dict[str, float]) -> str:

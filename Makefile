@@ -4,7 +4,7 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PIP = -m pip install --quiet --constraint constraints.txt
-TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2
+TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: quickstart test test-fast seams lint types docs bench clean
 

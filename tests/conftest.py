@@ -11,6 +11,15 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Send tests that share a fixture of their module to one worker, so that it is made once."""
+    for item in items:
+        definitions = [last for *_, last in item._fixtureinfo.name2fixturedefs.values()]
+        if any(definition.scope == "module" for definition in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test has the same random numbers, whatever ran before it, and leaves torch's global settings alone."""

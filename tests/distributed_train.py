@@ -1,9 +1,10 @@
-"""Run by torchrun: train one adapter under an engine, and beside it on one process, on the same global batches.
+"""Run by torchrun: train adapters under engines, and beside each one on one process, on the same global batches.
 
-    torchrun --nproc_per_node 2 distributed_train.py ENGINE RESULT SETTINGS
+    torchrun --nproc_per_node 2 distributed_train.py FOLDER RUNS
 
-Rank 0 saves the adapter of every rank, and that of the single process, as whole tensors. SETTINGS is JSON: accumulate,
-clip, and to break a run in two the steps first and last, the checkpoint to load and the one to save.
+RUNS is JSON, settings by name: engine, accumulate, clip, and to break a run in two the steps first and last, the
+checkpoint to load and the one to save. Rank 0 saves FOLDER/NAME.pt: the adapter of every rank, and that of the single
+process, as whole tensors.
 """
 
 import copy
@@ -114,17 +115,10 @@ def whole_state(model, stage):
     return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in state.items()}
 
 
-def main():
-    engine, path = sys.argv[1:3]
-    settings = {"accumulate": 1, "clip": 0.0, "first": 0, "last": STEPS} | json.loads(sys.argv[3])
-    torch.set_num_threads(1)
+def run(settings):
+    """Return the adapter of every rank, and of one process alone."""
+    engine = settings["engine"]
     stage = int(engine[-1]) if engine.startswith("zero") else None
-    if stage:
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
-    else:
-        dist.init_process_group("gloo")
     # FSDP2 shards what each rank has, all others begin with what rank 0 has.
     model, single = make_model(seed=0 if engine == "fsdp2" else dist.get_rank()), make_model(seed=0)
     if engine == "ddp":
@@ -139,9 +133,23 @@ def main():
     dist.all_gather_object(states, whole_state(model, stage))
     unbroken = {"accumulate": settings["accumulate"], "clip": settings["clip"], "first": 0, "last": settings["last"]}
     train(single, single, unbroken, share=lambda tensor: tensor)
-    if dist.get_rank() == 0:
-        torch.save({"states": states, "single": whole_state(single, None)}, path)
-    dist.barrier()
+    return {"states": states, "single": whole_state(single, None)}
+
+
+def main():
+    folder, runs = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    if any(settings["engine"].startswith("zero") for settings in runs.values()):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    else:
+        dist.init_process_group("gloo")
+    for name, settings in runs.items():
+        result = run({"accumulate": 1, "clip": 0.0, "first": 0, "last": STEPS} | settings)
+        if dist.get_rank() == 0:
+            torch.save(result, os.path.join(folder, f"{name}.pt"))
+        dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # DeepSpeed's threads sometimes abort a process that ends in the usual way
 

@@ -48,7 +48,7 @@ def save(model, folder, **kwargs):
 
 def run_python(script, check=True):
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
     )
     assert not check or result.returncode == 0, result.stderr
     return result

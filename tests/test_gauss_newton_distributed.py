@@ -52,7 +52,6 @@ def ranks(tmp_path_factory):
         [*command, str(folder / "train.py"), str(Path(__file__).parent), str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
         env=environment,
         check=False,
     )

@@ -65,7 +65,7 @@ def run(hub, home, trained, script):
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
     script = PRELUDE.format(base=str(trained / "base")) + textwrap.dedent(script)
     command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.splitlines()
 

@@ -134,7 +134,7 @@ def test_threads_that_build_the_first_layer_of_a_kind_get_one_class():
     class Linear(lora.Linear):
         pass
 
-    barrier, made = threading.Barrier(2, timeout=60), []
+    barrier, made = threading.Barrier(2), []
 
     class Slow(type(Linear)):
         """Makes the work on the first class last until both threads are at it, or one has waited for the other."""

@@ -11,10 +11,15 @@ import pytest
 import torch
 
 
+SLOW = set(Path(__file__).with_name("slow_tests.txt").read_text().split())
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Send tests that share a fixture of their module to one worker, so that it is made once."""
+    """Mark the slow tests, and send those that share a fixture of their module to one worker: it is made once."""
     for item in items:
+        if f"{item.path.stem}::{getattr(item, 'originalname', item.name)}" in SLOW:
+            item.add_marker(pytest.mark.slow)
         definitions = [last for *_, last in item._fixtureinfo.name2fixturedefs.values()]
         if any(definition.scope == "module" for definition in definitions):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -80,6 +80,7 @@ def change(model):
         ["LoRA, Muon", "ScaLoRA column, Muon"],
         ["ScaLoRA shrink, I = 1"],
         ["rsLoRA"],
+        ["PiSSA"],
     ],
 )
 def test_a_population_trains_each_run_as_it_would_train_alone(base, texts, methods):
@@ -216,8 +217,9 @@ def test_counts_against_a_plain_count(texts):
 def test_the_effective_rank_is_read_off_lora_s_curve():
     ranks = [2, 4, 8, 16]
     losses = [3 - 0.1 * math.log2(r) for r in ranks]
-    for r in (1.5, 3, 5.7, 16, 20):
-        assert effective_rank(ranks, losses, 3 - 0.1 * math.log2(r)) == pytest.approx(r, rel=1e-3)
+    for r in (2, 3, 5.7, 16):
+        assert effective_rank(ranks, losses, 3 - 0.1 * math.log2(r)) == pytest.approx(r, rel=1e-6)
+    assert effective_rank(ranks, losses, 2.91) == 0 and effective_rank(ranks, losses, 2.59) == math.inf
 
 
 def test_a_best_rate_at_an_end_of_its_grid_is_refused(tmp_path):

@@ -14,7 +14,6 @@ from eval.studies import (
     gauss_newton_cost,
     gauss_newton_finetune,
     gauss_newton_report,
-    long_run,
     overhead_sweep,
     stability,
 )
@@ -27,8 +26,6 @@ def gauss_newton_tables(folder) -> str:
 
 
 TABLES = {
-    "long_run/long_run.md": lambda folder: long_run.table(read_all(str(folder))),
-    "accumulator_rank/long_run.md": lambda folder: long_run.table(read_all(str(folder))),
     "stability/residual.md": lambda folder: stability.table(read(str(folder / "residual_runs.json"))["runs"]),
     "gauss_newton/study.md": gauss_newton_tables,
     "gauss_newton/cost.md": lambda folder: gauss_newton_cost.table(read(str(folder / "cost.json"))),

@@ -25,8 +25,9 @@ import torch
 from peft_scalora.files.atomic import replace_file
 
 from .frontier_alone import train_alone
+from .frontier_pictures import draw, draw_step_time, step_times
 from .frontier_population import Population, train_runs
-from .frontier_report import draw, report
+from .frontier_report import report
 from .frontier_runs import METHODS, SEARCH_SEED, Run, append_runs, read_runs
 from .frontier_tasks import BaseModel, RecallTask, TextTask, base_model, held_out_rows, load_texts
 
@@ -116,6 +117,9 @@ def write_report(folder: str) -> None:
     replace_file(os.path.join(folder, "frontier.md"), "\n".join(parts))
     for suite in suites:
         draw(runs, suite, os.path.join(folder, f"{suite}.png"))
+    times = step_times()
+    if times:
+        draw_step_time(runs, "text", 4, times, os.path.join(folder, "step_time.png"))
     print("\n".join(parts))
 
 

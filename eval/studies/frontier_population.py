@@ -32,7 +32,8 @@ RECORDED = 20
 def adapted(base: nn.Module, method: Method, r: int) -> nn.Module:
     """Return a copy of the base model with the method's adapter on its linear layers, the output head left out.
 
-    The accumulator of a ScaLoRA adapter is lossless, as if what is folded went into the base weight.
+    The accumulator of a ScaLoRA adapter is lossless, as if what is folded went into the base weight, unless the method
+    names a rank.
     """
     base = copy.deepcopy(base)
     if method.adapter == "full":
@@ -40,10 +41,8 @@ def adapted(base: nn.Module, method: Method, r: int) -> nn.Module:
     settings = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method.adapter == "lora":
         return get_peft_model(base, LoraConfig(**settings | method.options))
-    lossless = {"accumulator": "factored", "accumulator_rank": base.config.hidden_size}
-    return get_peft_model(
-        base, ScaLoRAConfig(**settings, **lossless, scaling_interval=method.interval, **method.options)
-    )
+    settings |= {"accumulator": "factored", "accumulator_rank": base.config.hidden_size}
+    return get_peft_model(base, ScaLoRAConfig(scaling_interval=method.interval, **settings | method.options))
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -59,10 +58,10 @@ class PopulationLinear(nn.Module):
         self.layers = tuple(layers)  # a tuple, so that these are not submodules
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
         self.bias = bases[0].bias
-        self.pristine = bases[0].weight.detach()
+        self.pristine_SMN = torch.stack([base.weight.detach() for base in bases])
         self.is_adapted = hasattr(layers[0], "lora_A")
         if self.is_adapted:
-            self.weight_SMN = torch.stack([self.pristine] * len(layers))
+            self.weight_SMN = self.pristine_SMN.clone()
             self.scale = layers[0].scaling[ADAPTER]
             self.left_SMr = self._shared([layer.lora_B[ADAPTER].weight for layer in layers])
             self.right_SrN = self._shared([layer.lora_A[ADAPTER].weight for layer in layers])
@@ -89,9 +88,9 @@ class PopulationLinear(nn.Module):
 
     def take_folds(self) -> None:
         """Add to every run's weight what its rescalings have folded."""
-        for weight, layer in zip(self.weight_SMN, self.layers):
+        for weight, pristine, layer in zip(self.weight_SMN, self.pristine_SMN, self.layers):
             if isinstance(layer, ScaLoRALayer):
-                torch.add(self.pristine, layer.accumulator(ADAPTER).weight(), out=weight)
+                torch.add(pristine, layer.accumulator(ADAPTER).weight(), out=weight)
 
     @torch.no_grad()
     def column_norms(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The tables and the picture of the frontier study, from its runs."""
+"""The tables of the frontier study, from its runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.harness.statistics import mean_and_error, paired_seeds
-from peft_scalora.plots import finish_panel, panels, save_png
 
 from .frontier_runs import SEARCH_SEED, Run
 
 BASELINE = "LoRA"
-RESAMPLES = 2000
+# Whose difference to every other method is told.
+DEFAULT = ("ScaLoRA shrink", 4)
+RESAMPLES = 1000
+NOT_BETTER = "†"
 
 
 class Cell(NamedTuple):
@@ -24,6 +26,11 @@ class Cell(NamedTuple):
     rate: int
     losses: dict[int, float]  # seed -> held-out loss
     results: list[dict]
+
+    @property
+    def numbers(self) -> int:
+        """Return how many numbers were trained."""
+        return self.results[0]["parameters"]
 
     @property
     def mean(self) -> float:
@@ -69,9 +76,9 @@ def cells_of(runs: Mapping[Run, dict], suite: str) -> Cells:
 
 
 def _keys(cells: Cells) -> tuple[list[tuple[str, int]], list[int]]:
-    """Return the methods with their ranks, by rank, and the lengths."""
-    pairs = dict.fromkeys((method, r) for method, r, _ in cells)
-    return sorted(pairs, key=lambda pair: pair[1]), sorted({steps for _, _, steps in cells})
+    """Return the methods with their ranks, by the numbers that they train, and the lengths."""
+    numbers = {(method, r): cell.numbers for (method, r, _), cell in cells.items()}
+    return sorted(numbers, key=numbers.get), sorted({steps for _, _, steps in cells})
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -86,6 +93,7 @@ FURTHER = (("base_loss", "loss on the old text", ".3f"), ("recall", "recalled", 
 def loss_table(cells: Cells, fixed: Mapping[str, dict]) -> str:
     """Return the held-out losses: mean ± standard error (seeds; learning rate), then what needs no training."""
     pairs, lengths = _keys(cells)
+    counted = min([result["loss"] for result in fixed.values()], default=math.inf)
     measured = {name for cell in cells.values() for result in cell.results for name in result}
     further = [column for column in FURTHER if column[0] in measured]
     rows = []
@@ -96,18 +104,22 @@ def loss_table(cells: Cells, fixed: Mapping[str, dict]) -> str:
         found = [cells.get((method, r, steps)) for steps in lengths]
         last = [cell for cell in found if cell][-1]
         told = [format(mean_and_error([result[key] for result in last.results])[0], style) for key, _, style in further]
-        numbers = f"{last.results[0]['parameters']:,}"
-        rows.append([method, str(r or ""), numbers, *map(_loss_text, found), *told])
-    head = ["method", "r", "trained numbers", *[f"{steps} steps" for steps in lengths]]
+        rows.append([method, str(r or ""), f"{last.numbers:,}", *(_loss_text(cell, counted) for cell in found), *told])
+    head = ["method", "r", "trained numbers", *_titles(lengths)]
     return _table([*head, *(title for _, title, _ in further)], rows)
 
 
-def _loss_text(cell: Cell | None) -> str:
+def _titles(lengths: Sequence[int]) -> list[str]:
+    return [f"{steps} steps" for steps in lengths]
+
+
+def _loss_text(cell: Cell | None, counted: float) -> str:
     if cell is None:
         return ""
     mean, error = mean_and_error(list(cell.losses.values()))
     error = "" if error is None else f" ± {error:.4f}"
-    return f"{mean:.4f}{error} ({len(cell.losses)}; {10 ** (cell.rate / 4):.2g})"
+    mark = NOT_BETTER if mean >= counted else ""
+    return f"{mean:.4f}{mark}{error} ({len(cell.losses)}; {10 ** (cell.rate / 4):.2g})"
 
 
 def difference_table(cells: Cells) -> str:
@@ -115,59 +127,91 @@ def difference_table(cells: Cells) -> str:
     pairs, lengths = _keys(cells)
     rows = []
     for method, r in pairs:
-        found = [_difference(cells, method, r, steps) for steps in lengths]
+        found = [_difference(cells, (method, r), (BASELINE, r), steps) for steps in lengths]
         if method != BASELINE and any(found):
             rows.append([method, str(r), *found])
-    return _table(["less LoRA of the same rank", "r", *[f"{n} steps" for n in lengths]], rows)
+    return _table(["less LoRA of the same rank", "r", *_titles(lengths)], rows)
 
 
-def _difference(cells: Cells, method: str, r: int, steps: int) -> str:
-    ours, theirs = cells.get((method, r, steps)), cells.get((BASELINE, r, steps))
-    if ours is None or theirs is None:
+def opponent_table(cells: Cells) -> str:
+    """Return the loss of the default less that of every other method on the same seeds, with the p-value."""
+    pairs, lengths = _keys(cells)
+    rows = []
+    for pair in pairs:
+        found = [_difference(cells, DEFAULT, pair, steps) for steps in lengths]
+        if pair != DEFAULT and any(found):
+            rows.append([pair[0], str(pair[1] or ""), *found])
+    return _table(["{}, r = {}, less".format(*DEFAULT), "r", *_titles(lengths)], rows)
+
+
+def _difference(cells: Cells, ours: tuple[str, int], theirs: tuple[str, int], steps: int) -> str:
+    first, second = cells.get((*theirs, steps)), cells.get((*ours, steps))
+    if first is None or second is None:
         return ""
-    seeds = sorted(ours.losses.keys() & theirs.losses.keys())
-    pairs = [(theirs.losses[seed], ours.losses[seed]) for seed in seeds]
+    seeds = sorted(first.losses.keys() & second.losses.keys())
+    pairs = [(first.losses[seed], second.losses[seed]) for seed in seeds]
     difference, p = paired_seeds(*zip(*pairs))
     error = mean_and_error([b - a for a, b in pairs])[1]
     return f"{difference:+.4f}" + ("" if p is None else f" ± {error:.4f} (p = {p:.2g})")
 
 
-def effective_rank(ranks: Sequence[int], losses: Sequence[float], loss: float) -> float:
-    """Return the rank at which LoRA's curve, a parabola in log r (a line through two), has this loss.
+def budget_table(cells: Cells) -> str:
+    """Return the best method that trains no more numbers than LoRA of each rank, at every length, and its lead."""
+    pairs, lengths = _keys(cells)
+    rows = []
+    for budget, r in ((_numbers(cells, pair), pair[1]) for pair in pairs if pair[0] == BASELINE):
+        within = [pair for pair in pairs if _numbers(cells, pair) <= budget]
+        rows.append([f"{budget:,}", str(r), *(_best(cells, within, r, steps) for steps in lengths)])
+    return _table(["trained numbers, at most", "LoRA's r", *_titles(lengths)], rows)
 
-    The curve is followed beyond its ends along its slope there. nan where it never comes to this loss.
+
+def _numbers(cells: Cells, pair: tuple[str, int]) -> int:
+    return next(cell.numbers for (method, r, _), cell in cells.items() if (method, r) == pair)
+
+
+def _best(cells: Cells, pairs: Sequence[tuple[str, int]], r: int, steps: int) -> str:
+    means = {pair: cells[(*pair, steps)].mean for pair in pairs if (*pair, steps) in cells}
+    if not means:
+        return ""
+    best = min(means, key=means.get)
+    text = f"{best[0]}, r = {best[1]}: {means[best]:.4f}"
+    return text if best == (BASELINE, r) else f"{text}; {_difference(cells, best, (BASELINE, r), steps)}"
+
+
+def effective_rank(ranks: Sequence[int], losses: Sequence[float], loss: float) -> float:
+    """Return the rank at which LoRA's losses, joined by lines over log r, come down to this loss.
+
+    0 where the loss is above all of them, infinity where it is below.
     """
-    x = np.log2(ranks)
-    curve = np.polynomial.Polynomial.fit(x, losses, min(2, len(ranks) - 1))
-    fine = np.linspace(x[0], x[-1], 400)
-    values = np.minimum.accumulate(curve(fine))
-    if values[-1] <= loss <= values[0]:
-        return float(2 ** np.interp(-loss, -values, fine))
-    end = x[0] if loss > values[0] else x[-1]
-    slope = curve.deriv()(end)
-    return float(2 ** (end + (loss - curve(end)) / slope)) if slope < 0 else math.nan
+    falling = np.minimum.accumulate(losses)
+    if loss > falling[0]:
+        return 0.0
+    if loss < falling[-1]:
+        return math.inf
+    return float(2 ** np.interp(-loss, -falling, np.log2(ranks)))
 
 
 def effective_rank_interval(cells: Cells, method: str, r: int, steps: int) -> tuple[float, float, float] | None:
     """Return the effective rank of a method at equal training, and its 95% interval when seeds are drawn anew."""
     ours = cells.get((method, r, steps))
-    ranks = sorted(rank for name, rank, length in cells if name == BASELINE and length == steps)
+    ranks = _lora_ranks(cells, steps)
     if ours is None or len(ranks) < 2:
         return None
-    curve = [np.array(list(cells[BASELINE, rank, steps].losses.values())) for rank in ranks]
-    mine = np.array(list(ours.losses.values()))
-    value = effective_rank(ranks, [losses.mean() for losses in curve], mine.mean())
     rng = np.random.default_rng(0)
-    drawn = [
-        effective_rank(ranks, [rng.choice(losses, len(losses)).mean() for losses in curve], _redrawn(mine, rng))
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return value, float(low), float(high)
+    curve = [cells[BASELINE, rank, steps] for rank in ranks]
+    drawn_SR = np.stack([_drawn_means(cell, rng) for cell in curve], axis=1)
+    drawn = [effective_rank(ranks, losses, loss) for losses, loss in zip(drawn_SR, _drawn_means(ours, rng))]
+    low, high = np.percentile(drawn, [2.5, 97.5], method="nearest")
+    return effective_rank(ranks, [cell.mean for cell in curve], ours.mean), float(low), float(high)
 
 
-def _redrawn(losses: np.ndarray, rng: np.random.Generator) -> float:
-    return rng.choice(losses, len(losses)).mean()
+def _lora_ranks(cells: Cells, steps: int) -> list[int]:
+    return sorted(rank for name, rank, length in cells if name == BASELINE and length == steps)
+
+
+def _drawn_means(cell: Cell, rng: np.random.Generator) -> np.ndarray:
+    losses = np.array(list(cell.losses.values()))
+    return rng.choice(losses, (RESAMPLES, len(losses))).mean(1)
 
 
 def rank_table(cells: Cells) -> str:
@@ -177,36 +221,28 @@ def rank_table(cells: Cells) -> str:
     for method, r in pairs:
         if method == BASELINE or not r:
             continue
-        found = [effective_rank_interval(cells, method, r, steps) for steps in lengths]
+        found = [_rank_text(cells, method, r, steps) for steps in lengths]
         if any(found):
-            rows.append([method, str(r), *("" if x is None else "{:.1f} ({:.1f} to {:.1f})".format(*x) for x in found)])
-    return _table(["effective rank at equal training", "r", *[f"{n} steps" for n in lengths]], rows)
+            rows.append([method, str(r), *found])
+    return _table(["effective rank at equal training", "r", *_titles(lengths)], rows)
+
+
+def _rank_text(cells: Cells, method: str, r: int, steps: int) -> str:
+    found = effective_rank_interval(cells, method, r, steps)
+    if found is None:
+        return ""
+    ranks = _lora_ranks(cells, steps)
+    ends = {0.0: f"< {ranks[0]}", math.inf: f"> {ranks[-1]}"}
+    value, low, high = (ends.get(rank) or f"{rank:.1f}" for rank in found)
+    return value if value == low == high else f"{value} ({low} to {high})"
 
 
 def report(runs: Mapping[Run, dict], suite: str) -> str:
     """Return the tables of a suite in Markdown."""
     cells = cells_of(runs, suite)
     fixed = {run.method: result for run, result in runs.items() if run.suite == suite and not run.steps}
-    return "\n\n".join([loss_table(cells, fixed), difference_table(cells), rank_table(cells)]) + "\n"
+    losses = f"{loss_table(cells, fixed)}\n\n{NOT_BETTER} not below the best of what needs no training"
+    return "\n\n".join([losses, *(table(cells) for table in TABLES)]) + "\n"
 
 
-def draw(runs: Mapping[Run, dict], suite: str, path: str) -> None:
-    """Write a picture of loss against rank, one panel a length: LoRA's curve, and the others where they are."""
-    cells = cells_of(runs, suite)
-    pairs, lengths = _keys(cells)
-    figure, axes = panels(len(lengths))
-    for axis, steps in zip(axes[0], lengths):
-        for method in dict.fromkeys(method for method, _ in pairs):
-            ranks = sorted(r for name, r, n in cells if name == method and n == steps and r)
-            if ranks:
-                _draw_method(axis, method, ranks, [cells[method, r, steps] for r in ranks])
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        finish_panel(axis, f"{steps} steps", "rank r", "held-out nats a byte")
-    save_png(figure, path)
-
-
-def _draw_method(axis, method: str, ranks: Sequence[int], found: Sequence[Cell]) -> None:
-    errors = [mean_and_error(list(cell.losses.values()))[1] or 0 for cell in found]
-    line = "-" if method == BASELINE else ":"
-    axis.errorbar(ranks, [cell.mean for cell in found], errors, fmt=f"o{line}", label=method, markersize=4, capsize=2)
+TABLES = (difference_table, opponent_table, budget_table, rank_table)

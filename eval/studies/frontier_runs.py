@@ -45,8 +45,8 @@ class Method:
         return adapter, self.options.get("lora_alpha"), self.optimizer, self.interval
 
 
-def _scalora(scaling: str, norm2: float | None = None, **settings) -> Method:
-    return Method("scalora", {"scaling": scaling, "column_norm2": norm2}, **settings)
+def _scalora(scaling: str, norm2: float | None = None, options: Mapping | None = None, **settings) -> Method:
+    return Method("scalora", {"scaling": scaling, "column_norm2": norm2} | (options or {}), **settings)
 
 
 METHODS = {
@@ -61,9 +61,10 @@ METHODS = {
     "ScaLoRA shrink, norm² 3": _scalora("shrink", 3.0),
     "ScaLoRA shrink, I = 1": _scalora("shrink", 1.0, interval=1),
     "ScaLoRA shrink, Muon": _scalora("shrink", 1.0, optimizer="muon"),
-    # Of a rank r + R in place of r = 4, with the alpha of r = 4.
+    **{f"ScaLoRA shrink, R = {R}": _scalora("shrink", 1.0, {"accumulator_rank": R}) for R in (4, 8, 16, 28)},
+    # In place of r = 4 with a full accumulator beside the base weight: a rank of 9 r, with the alpha of r = 4.
     "rsLoRA": Method("lora", {"use_rslora": True, "lora_alpha": 8}),
-    "PiSSA": Method("pissa", first_rate=-10),
+    "PiSSA": Method("lora", {"init_lora_weights": "pissa_niter_16"}, first_rate=-10),
     "DoRA": Method("dora"),
     "HiRA": Method("hira", first_rate=-5),
     "MoRA": Method("mora", first_rate=-9),

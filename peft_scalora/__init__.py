@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # lazily imported names, for editors and type checkers
     from .export.lora import export_lora as export_lora
     from .export.merged import MergeReport as MergeReport
     from .export.merged import export_merged as export_merged
+    from .export.sync import lora_state_config as lora_state_config
+    from .export.sync import lora_state_dict as lora_state_dict
+    from .export.sync import sync_trl_as_lora as sync_trl_as_lora
     from .files.checkpoints import last_complete_checkpoint as last_complete_checkpoint
     from .gauss_newton import GaussNewton as GaussNewton
     from .gauss_newton import GaussNewtonConfig as GaussNewtonConfig
@@ -47,9 +50,12 @@ _LAZY = {
     "export_merged": "export.merged",
     "last_complete_checkpoint": "files.checkpoints",
     "last_report": "rescaling.steps",
+    "lora_state_config": "export.sync",
+    "lora_state_dict": "export.sync",
     "push_to_hub": "export.hub",
     "register_optimizer": "rescaling.moments",
     "rescale": "rescaling.engine",
+    "sync_trl_as_lora": "export.sync",
     "with_rescaling": "rescaling.hooks",
 }
 __all__ = ["__version__", *_LAZY]

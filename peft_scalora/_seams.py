@@ -184,6 +184,9 @@ _TRANSFORMERS = (
     Seam("transformers:PreTrainedModel.loss_function", "is the loss that a model computes"),
     Seam("transformers.quantizers.base:HfQuantizer.remove_quantization_config", "makes a model an unquantized one"),
 )
+# Trainers that can send an adapter alone to a generation server.
+TRL_ASYNC = tuple(f"trl.experimental.async_{name}.async_{name}_trainer" for name in ("grpo", "distillation"))
+_SENT = "is replaced by sync.py, so that ScaLoRA adapters are sent as plain LoRA"
 _OTHERS = (
     Seam("accelerate.optimizer:AcceleratedOptimizer.step", "steps the optimizer inside", ("self.optimizer.step(",)),
     Seam("bitsandbytes.nn.modules:Linear4bit.__init__", "decides on repacking", ("self.support_avx512bf16_for_cpu",)),
@@ -208,6 +211,9 @@ _OTHERS = (
     Seam("optuna.storages:RDBStorage.get_trial_id_from_study_id_trial_number", "names what a heartbeat is of"),
     Seam("optuna.storages:RDBStorage.record_heartbeat", "marks a trial as alive"),
     Seam("optuna.storages:fail_stale_trials", "ends the trials of processes that died"),
+    *(Seam(f"{name}:save_lora_adapter", _SENT, ("(model", "adapter_name", "dest_dir")) for name in TRL_ASYNC),
+    *(Seam(f"{name}:validate_lora_for_vllm_sync", _SENT, ("(model", "return peft_config")) for name in TRL_ASYNC),
+    *(_calls(f"{name}:select_adapter_sync", "validate_lora_for_vllm_sync(") for name in TRL_ASYNC),
     Seam("trl.trainer.utils:FusedCausalLMOutput", "is what SFTTrainer asks a model with a fused head for"),
     Seam(
         "trl.trainer.sft_trainer:SFTTrainer",

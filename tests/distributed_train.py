@@ -4,7 +4,7 @@
 
 RUNS is JSON, settings by name: engine, accumulate, clip, and to break a run in two the steps first and last, the
 checkpoint to load and the one to save. Rank 0 saves FOLDER/NAME.pt: the adapter of every rank, and that of the single
-process, as whole tensors.
+process, as whole tensors, and what it would send as plain LoRA.
 """
 
 import copy
@@ -18,7 +18,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from peft_scalora import ScaLoRAConfig
+from peft_scalora import ScaLoRAConfig, lora_state_dict
 
 STEPS, BATCH, RATE = 30, 8, 1e-2
 
@@ -131,9 +131,10 @@ def run(settings):
         train_deepspeed(model, stage, settings)
     states = [None] * dist.get_world_size()
     dist.all_gather_object(states, whole_state(model, stage))
+    sent = lora_state_dict(model)  # by all ranks
     unbroken = {"accumulate": settings["accumulate"], "clip": settings["clip"], "first": 0, "last": settings["last"]}
     train(single, single, unbroken, share=lambda tensor: tensor)
-    return {"states": states, "single": whole_state(single, None)}
+    return {"states": states, "single": whole_state(single, None), "sent": sent}
 
 
 def main():

@@ -73,6 +73,7 @@ def test_every_setting_has_help():
         ([], "a command is missing: finetune, "),
         (["finetune", "--modle", "x"], "unknown argument --modle: did you mean --model?"),
         (["export", "a", "b", "--rnk=3"], "unknown argument --rnk=3: did you mean --rank?"),
+        (["export", "a", "b", "--dtype=int8"], "argument --dtype: invalid choice: 'int8' (choose from"),
         (["finetune", "a.yaml", "b.yaml"], "unknown argument b.yaml"),
         (["info"], "the following arguments are required: adapter"),
     ],

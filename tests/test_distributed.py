@@ -90,6 +90,11 @@ def test_two_ranks_hold_the_same_bits_and_the_weights_of_one_process(engine, res
     first, second = result["states"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_same_adapter(first, result["single"])
+    for layer in "02":
+        A, B = (result["sent"][f"base_model.model.{layer}.lora_{part}.weight"].double() for part in "AB")
+        expected = change(first, layer)
+        assert A.shape[0] == B.shape[1] == 3 + 7
+        assert float((B @ A - expected).norm()) < 1e-6 * float(expected.norm())
 
 
 @pytest.mark.slow

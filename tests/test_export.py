@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_scalora import ScaLoRAConfig, effective_rank, export_lora
+from peft_scalora.cli import main
 from peft_scalora.export.info import adapter_info, format_info
 from peft_scalora.export.lora import export_folder
 
@@ -142,6 +143,18 @@ def test_an_export_in_half_precision_states_what_rounding_costs(tmp_path, dtype,
     assert 1e-4 < (lost / whole) ** 0.5 and report.relative_error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     with pytest.raises(ValueError, match=r"dtype=torch.int8 must be torch.float32"):
         export_lora(model, tmp_path / "none", dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_command_states_what_rounding_costs(tmp_path, capsys, dtype):
+    model = trained_llama()
+    model.save_pretrained(tmp_path / "adapter")
+    report = export_lora(model, tmp_path / "expected", dtype=getattr(torch, dtype))
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "plain"), "--dtype", dtype]) == 0
+    assert f"relative error {report.relative_error:.3g} over" in capsys.readouterr().out
+    assert (report.relative_error > 1e-4) == (dtype != "float32")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 
 
 def test_a_report_is_told_in_three_lines(tmp_path):

@@ -297,6 +297,7 @@ def test_the_command_trains_informs_and_exports(tmp_path, capsys):
     assert "mean effective rank" in capsys.readouterr().out
     assert main(["export", run.output, str(tmp_path / "plain")]) == 0
     assert type(PeftConfig.from_pretrained(tmp_path / "plain")) is LoraConfig
+    assert "relative error 0 over" in capsys.readouterr().out
 
 
 def test_the_command_prints_errors_in_one_line(tmp_path, capsys):

@@ -135,6 +135,12 @@ def test_command_writes_the_merged_model_with_its_tokenizer(tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "elsewhere")]) == 0
     assert not (tmp_path / "again" / "tokenizer_config.json").exists()
     assert main([*arguments, str(tmp_path / "elsewhere"), "--rank", "3"]) == 1
+    capsys.readouterr()
+    arguments = ["export", str(tmp_path / "adapter"), str(tmp_path / "half"), "--merged", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "merged model in bfloat16, rounding changed" in printed and "by 0," not in printed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
 def test_command_merges_a_classifier_of_its_own_number_of_labels(tmp_path):

@@ -71,8 +71,13 @@ class Form(NamedTuple):
         """Refuse a rank or a dtype that no factors can have; raises ValueError."""
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be 1 or more, or None for the exact export.")
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype={self.dtype!r} must be torch.float32, torch.bfloat16 or torch.float16.")
+        check_dtype(self.dtype)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that no factors can have; raises ValueError."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype!r} must be torch.float32, torch.bfloat16 or torch.float16.")
 
 
 def export_lora(
@@ -158,11 +163,11 @@ def _export(
     plain = {name: layer for name, layer in layers.items() if layer.U is None}
     error = (sum(lost.values()) / sum(whole.values())) ** 0.5 if sum(whole.values()) else 0.0
     layer_errors = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in rescaled}
-    plain_config = _plain_config(config, new_rank, plain)
-    refused = obstacles(plain_config, state)
+    settings = plain_config(config, new_rank, plain)
+    refused = obstacles(settings, state)
     with new_folder(path) as folder:
         save_file(state, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
-        plain_config.save_pretrained(folder)
+        settings.save_pretrained(folder)
         card = exported_card(config, new_rank, error, refused, results)
         replace_file(os.path.join(folder, "README.md"), card)
     size = os.path.getsize(os.path.join(path, WEIGHTS_NAME))
@@ -193,7 +198,7 @@ def _put_factors(state: dict[str, Tensor], layer: SavedLayer, P: Tensor, Q: Tens
     state[layer.key_A] = Q.reshape(rank, *layer.lora_A.shape[1:]).contiguous()
 
 
-def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]) -> LoraConfig:
+def plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]) -> LoraConfig:
     """Return the settings as a LoraConfig of scaling 1; layers that were plain LoRA keep their rank and scaling."""
     names = {field.name for field in fields(LoraConfig) if field.init} - {"peft_type", "runtime_config"}
     kept = {name: getattr(config, name) for name in names}
@@ -202,8 +207,8 @@ def _plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer]
         # The whole name: PEFT would take a bare one for the end of others too.
         key, r = "^" + re.escape(name.removeprefix(PREFIX)), layer.lora_A.shape[0]
         kept["rank_pattern"][key], kept["alpha_pattern"][key] = r, layer.scaling * r
-    plain_config = LoraConfig(**kept | {"inference_mode": True})
-    for name, value in vars(plain_config).items():
+    settings = LoraConfig(**kept | {"inference_mode": True})
+    for name, value in vars(settings).items():
         if isinstance(value, set):  # in a fixed order, so that an export is always the same bytes
-            setattr(plain_config, name, sorted(value))
-    return plain_config
+            setattr(settings, name, sorted(value))
+    return settings

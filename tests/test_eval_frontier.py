@@ -13,6 +13,7 @@ from torch import nn
 
 from eval.studies import frontier
 from eval.studies.frontier_alone import Alone, train_alone
+from eval.studies.frontier_headlines import README_ROWS, RULE_ROWS, headline_table
 from eval.studies.frontier_population import Population, adapted, train_runs
 from eval.studies.frontier_report import cells_of, effective_rank, report
 from eval.studies.frontier_runs import METHODS, Run, append_runs, read_runs
@@ -239,5 +240,8 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
     written = (RESULTS / "frontier.md").read_text()
     for suite in {run.suite for run in runs if run.steps}:
         assert report(runs, suite) in written
+    cells = cells_of(runs, "text")
+    assert headline_table(cells, README_ROWS) in Path("README.md").read_text()
+    assert headline_table(cells, RULE_ROWS) in Path("docs/method.md").read_text()
     counts = min(result["loss"] for run, result in runs.items() if run.suite == "text" and "counts" in run.method)
-    assert min(cell.mean for cell in cells_of(runs, "text").values()) < counts
+    assert min(cell.mean for cell in cells.values()) < counts

@@ -34,6 +34,10 @@ from .frontier_tasks import BaseModel, RecallTask, TextTask, base_model, held_ou
 # Runs that are trained at once.
 POPULATION = 16
 RESULTS = "results/frontier"
+TITLE = """# When ScaLoRA pays
+
+Commands and protocol: [docs/evaluation.md](../../docs/evaluation.md#when-scalora-pays).
+"""
 
 
 class Study:
@@ -113,8 +117,8 @@ def write_report(folder: str) -> None:
     """Write the tables, and a picture of every suite, beside the runs in a folder."""
     runs = read_runs(os.path.join(folder, "runs.jsonl"))
     suites = sorted({run.suite for run in runs if run.steps}, reverse=True)
-    parts = [f"## {suite}\n\n{report(runs, suite)}" for suite in suites]
-    replace_file(os.path.join(folder, "frontier.md"), "\n".join(parts))
+    parts = [f"## {suite}\n\n![{suite}]({suite}.png)\n\n{report(runs, suite)}" for suite in suites]
+    replace_file(os.path.join(folder, "frontier.md"), "\n".join([TITLE, *parts]))
     for suite in suites:
         draw(runs, suite, os.path.join(folder, f"{suite}.png"))
     times = step_times()

@@ -44,7 +44,9 @@ def draw(runs: Mapping[Run, dict], suite: str, path: str) -> None:
         axis.axhline(counted[best_counted], color="gray", linestyle=":", label=best_counted)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-        finish_panel(axis, f"{steps} steps", "trained numbers", "held-out nats a byte", legend=False)
+        finish_panel(
+            axis, f"{steps} steps", "trained numbers (equal ones side by side)", "held-out nats a byte", legend=False
+        )
     fullest = max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     axes[0][-1].legend(*fullest.get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save_png(figure, path)
@@ -61,7 +63,7 @@ def _draw_method(axis, method: str, index: int, found: Sequence[Cell]) -> None:
     style = {"fmt": "o-", "zorder": 3} if is_curve else {"fmt": MARKERS[index % len(MARKERS)], "alpha": 0.8}
     losses = [mean_and_error(list(cell.losses.values())) for cell in found]
     means, errors = zip(*((mean, error or 0) for mean, error in losses))
-    aside = 1.0 if is_curve else 1.05 + 0.02 * index
+    aside = 1.0 if is_curve else 2 ** (0.04 * (index - 9))
     numbers = [aside * cell.numbers for cell in found]
     axis.errorbar(numbers, means, errors, label=method, color=f"C{index % 10}", markersize=5, capsize=2, **style)
 

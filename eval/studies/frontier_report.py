@@ -127,7 +127,7 @@ def difference_table(cells: Cells) -> str:
     pairs, lengths = _keys(cells)
     rows = []
     for method, r in pairs:
-        found = [_difference(cells, (method, r), (BASELINE, r), steps) for steps in lengths]
+        found = [difference(cells, (method, r), (BASELINE, r), steps) for steps in lengths]
         if method != BASELINE and any(found):
             rows.append([method, str(r), *found])
     return _table(["less LoRA of the same rank", "r", *_titles(lengths)], rows)
@@ -138,13 +138,14 @@ def opponent_table(cells: Cells) -> str:
     pairs, lengths = _keys(cells)
     rows = []
     for pair in pairs:
-        found = [_difference(cells, DEFAULT, pair, steps) for steps in lengths]
+        found = [difference(cells, DEFAULT, pair, steps) for steps in lengths]
         if pair != DEFAULT and any(found):
             rows.append([pair[0], str(pair[1] or ""), *found])
     return _table(["{}, r = {}, less".format(*DEFAULT), "r", *_titles(lengths)], rows)
 
 
-def _difference(cells: Cells, ours: tuple[str, int], theirs: tuple[str, int], steps: int) -> str:
+def difference(cells: Cells, ours: tuple[str, int], theirs: tuple[str, int], steps: int) -> str:
+    """Return the loss of one (method, r) less that of another on the same seeds; empty where one has none."""
     first, second = cells.get((*theirs, steps)), cells.get((*ours, steps))
     if first is None or second is None:
         return ""
@@ -175,7 +176,7 @@ def _best(cells: Cells, pairs: Sequence[tuple[str, int]], r: int, steps: int) ->
         return ""
     best = min(means, key=means.get)
     text = f"{best[0]}, r = {best[1]}: {means[best]:.4f}"
-    return text if best == (BASELINE, r) else f"{text}; {_difference(cells, best, (BASELINE, r), steps)}"
+    return text if best == (BASELINE, r) else f"{text}; {difference(cells, best, (BASELINE, r), steps)}"
 
 
 def effective_rank(ranks: Sequence[int], losses: Sequence[float], loss: float) -> float:

@@ -54,6 +54,7 @@ METHODS = {
     "LoRA": Method("lora"),
     "LoRA, Muon": Method("lora", optimizer="muon"),
     "ScaLoRA column": _scalora("column"),
+    "ScaLoRA column, norm² 1": _scalora("column", 1.0),
     "ScaLoRA column, start 75": _scalora("column", start=75),
     "ScaLoRA column, Muon": _scalora("column", optimizer="muon"),
     "ScaLoRA shrink, norm² 1/3": _scalora("shrink", 1 / 3),

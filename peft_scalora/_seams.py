@@ -220,6 +220,10 @@ _OTHERS = (
         "takes a fused head's loss for minus the sum of its log-probabilities",
         ("per_token_loss = -outputs.log_probs",),
     ),
+    *(
+        _calls(f"trl.scripts.{script}:main", "peft_config=get_peft_config(model_args")
+        for script in ("sft", "dpo", "grpo", "kto", "reward", "rloo", "distillation")
+    ),
 )
 SEAMS = (*_PEFT, *_TORCH, *_TRANSFORMERS, *_OTHERS)
 

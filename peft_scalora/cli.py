@@ -17,6 +17,7 @@ _COMMANDS = {
     "generate": "continue prompts with a fine-tuned adapter",
     "info": "rank per layer, size and discarded energy of an adapter folder",
     "export": "write an adapter as plain LoRA, loadable without this package",
+    "trl": "run one of TRL's training scripts on a ScaLoRA adapter",
     "sweep-lr": "find the best learning rate of a fine-tuning, and where it blows up",
     "search-warmup": "find the warmup with which a fine-tuning is stable",
 }

@@ -12,7 +12,7 @@ from peft_scalora.cli import main
 from peft_scalora.finetuning.settings import FinetuneSettings
 from peft_scalora.version import __version__
 
-COMMANDS = ("finetune", "evaluate", "generate", "info", "export", "sweep-lr", "search-warmup")
+COMMANDS = ("finetune", "evaluate", "generate", "info", "export", "trl", "sweep-lr", "search-warmup")
 REQUIRED = ("--model=m", "--data=d", "--task=causal-lm", "--output=o")
 
 

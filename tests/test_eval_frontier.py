@@ -223,6 +223,29 @@ def test_the_effective_rank_is_read_off_lora_s_curve():
     assert effective_rank(ranks, losses, 2.91) == 0 and effective_rank(ranks, losses, 2.59) == math.inf
 
 
+def test_the_tables_of_a_few_runs_by_hand(tmp_path):
+    path = str(tmp_path / "runs.jsonl")
+    append_runs(path, [Run("text", "bigram counts", 0, 0, 0, 0)], [{"loss": 2.5}])
+    losses = {("LoRA", 2): (2.9, 2.6), ("LoRA", 4): (2.4, 2.2), ("ScaLoRA shrink", 4): (2.3, 1.9)}
+    for (method, r), told in losses.items():
+        searched = {-8: 3.0, -7: 2.0, -6: 3.0}
+        runs = [Run("text", method, r, 75, rate, 0) for rate in searched]
+        runs += [Run("text", method, r, 75, -7, seed) for seed in (1, 2)]
+        values = [*searched.values(), *told]
+        append_runs(path, runs, [{"loss": loss, "base_loss": 1.0, "parameters": 100 * r} for loss in values])
+    written = report(read_runs(path), "text")
+    for row in (
+        "| LoRA | 2 | 200 | 2.7500† ± 0.1500 (2; 0.018) | 1.000 |",
+        "| LoRA | 4 | 400 | 2.3000 ± 0.1000 (2; 0.018) | 1.000 |",
+        "| ScaLoRA shrink | 4 | -0.2000 ± 0.1000 (p = 0.3) |",
+        "| LoRA | 2 | -0.6500 ± 0.0500 (p = 0.049) |",
+        "| 200 | 2 | LoRA, r = 2: 2.7500 |",
+        "| 400 | 4 | ScaLoRA shrink, r = 4: 2.1000; -0.2000 ± 0.1000 (p = 0.3) |",
+        "| ScaLoRA shrink | 4 | > 4 (",
+    ):
+        assert row in written
+
+
 def test_a_best_rate_at_an_end_of_its_grid_is_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
     runs = [Run("text", "LoRA", 4, 75, rate, 0) for rate in (-8, -7, -6)]

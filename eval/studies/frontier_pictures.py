@@ -53,8 +53,9 @@ def draw(runs: Mapping[Run, dict], suite: str, path: str) -> None:
 
 
 def _methods(cells: Cells) -> list[str]:
-    """Return the methods, those with a curve first."""
-    return [*CURVES, *(name for name in dict.fromkeys(method for method, _, _ in cells) if name not in CURVES)]
+    """Return the methods, those with a curve first; of ScaLoRA's variants only these."""
+    others = dict.fromkeys(method for method, _, _ in cells if not method.startswith("ScaLoRA"))
+    return [*CURVES, *(name for name in others if name not in CURVES)]
 
 
 def _draw_method(axis, method: str, index: int, found: Sequence[Cell]) -> None:
@@ -63,7 +64,7 @@ def _draw_method(axis, method: str, index: int, found: Sequence[Cell]) -> None:
     style = {"fmt": "o-", "zorder": 3} if is_curve else {"fmt": MARKERS[index % len(MARKERS)], "alpha": 0.8}
     losses = [mean_and_error(list(cell.losses.values())) for cell in found]
     means, errors = zip(*((mean, error or 0) for mean, error in losses))
-    aside = 1.0 if is_curve else 2 ** (0.04 * (index - 9))
+    aside = 1.0 if is_curve else 2 ** (0.06 * (index - len(CURVES) + 1))
     numbers = [aside * cell.numbers for cell in found]
     axis.errorbar(numbers, means, errors, label=method, color=f"C{index % 10}", markersize=5, capsize=2, **style)
 

@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP = -m pip install --quiet --constraint constraints.txt
 TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart test test-fast seams lint types docs bench clean
+.PHONY: quickstart test test-fast test-integrations seams lint types docs bench clean
 
 quickstart: .venv/quickstart/installed
 	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
@@ -17,10 +17,17 @@ test: .venv/test/installed
 test-fast: .venv/test/installed
 	$(TEST) -m "not slow" $(ARGS)
 
+# Training tools, each in an environment of its own, as their pins clash with this package's and with each other's.
+INTEGRATIONS ?= ms-swift axolotl
+INTEGRATION_TEST = tests/integrations/test_$(subst -,_,$(1)).py
+test-integrations: $(INTEGRATIONS:%=.venv/integrations-%/installed)
+	$(foreach tool,$(INTEGRATIONS),HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	    .venv/integrations-$(tool)/bin/python -m pytest $(call INTEGRATION_TEST,$(tool)) $(ARGS) &&) true
+
 lint: .venv/tools/installed
 	.venv/tools/bin/ruff check .
 	.venv/tools/bin/ruff format --check .
-	.venv/tools/bin/codespell --ignore-words-list nd,uery,valeu README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests
+	.venv/tools/bin/codespell --ignore-words-list nd,uery,valeu README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests --skip '*.txt'
 
 # Of the rooms whose annotations are complete; torch's own types come from the test environment.
 types: .venv/tools/installed .venv/test/installed
@@ -48,6 +55,13 @@ ORACLE = curvlinops-for-pytorch backpack-for-pytorch
 .venv/tools/installed: constraints.txt
 	$(PYTHON) -m venv .venv/tools
 	.venv/tools/bin/python $(PIP) codespell mypy ruff mkdocs mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+.venv/integrations-%/installed: tests/integrations/environments/%.txt constraints.txt
+	$(PYTHON) -m venv .venv/integrations-$*
+	.venv/integrations-$*/bin/python $(PIP) torch
+	.venv/integrations-$*/bin/python -m pip install --quiet --no-deps --requirement $<
+	.venv/integrations-$*/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 .venv/%/installed: setup.cfg constraints.txt

@@ -142,9 +142,7 @@ _TORCH = (
         "names parameters, children, and the hooks with which a linear layer is more than F.linear",
         ("_parameters", "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_modules"),
     ),
-    Seam("torch.nn:Conv1d._conv_forward", "convolves with another kernel than the layer's"),
-    Seam("torch.nn:Conv2d._conv_forward", "convolves with another kernel than the layer's"),
-    Seam("torch.nn:Conv3d._conv_forward", "convolves with another kernel than the layer's"),
+    *(Seam(f"torch.nn:Conv{d}d._conv_forward", "convolves with another kernel than the layer's") for d in (1, 2, 3)),
     Seam(
         "torch.optim:Optimizer.profile_hook_step",
         "runs the step hooks from a frame whose args begin with the optimizer",
@@ -177,10 +175,10 @@ _TRANSFORMERS = (
     Seam(f"{_TRAINER}.__init__", "sets what finetuning overwrites", ("self.model_accepts_loss_kwargs",)),
     Seam(f"{_TRAINER}.training_step", "divides a loss by it", ("self.model_accepts_loss_kwargs",)),
     Seam(f"{_CALLBACKS}:ExportableState", "keeps a callback's state in checkpoints"),
-    Seam("transformers.loss.loss_utils:ForCausalLMLoss", "is known as a function of the logits"),
-    Seam("transformers.loss.loss_utils:ForMaskedLMLoss", "is known as a function of the logits"),
-    Seam("transformers.loss.loss_utils:ForSequenceClassificationLoss", "is known as a function of the logits"),
-    Seam("transformers.loss.loss_utils:ForTokenClassification", "is known as a function of the logits"),
+    *(
+        Seam(f"transformers.loss.loss_utils:For{loss}", "is known as a function of the logits")
+        for loss in ("CausalLMLoss", "MaskedLMLoss", "SequenceClassificationLoss", "TokenClassification")
+    ),
     Seam("transformers:PreTrainedModel.loss_function", "is the loss that a model computes"),
     Seam("transformers.quantizers.base:HfQuantizer.remove_quantization_config", "makes a model an unquantized one"),
 )

@@ -10,7 +10,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 import pytest
 import torch
 
-
 SLOW = set(Path(__file__).with_name("slow_tests.txt").read_text().split())
 
 

@@ -96,3 +96,9 @@ def test_python_blocks_run(document, names):
         names |= {"unet": tiny_unet(), "load_file": load_file, "pipeline": mock.Mock()}
     for block in BLOCK.findall(document.read_text()):
         exec(compile(block, document.name, "exec"), names)
+
+
+def test_the_page_of_other_tools_shows_the_example_that_is_tested():
+    comment, example = (ROOT / "examples" / "axolotl.yaml").read_text().split("\n", 1)
+    assert comment.startswith("#")
+    assert f"```yaml\n{example}```" in (ROOT / "docs" / "integrations.md").read_text()

@@ -34,11 +34,12 @@ def command(tmp_path, monkeypatch):
         (tmp_path / "rewards_of_tests.py").write_text(REWARD)
         monkeypatch.syspath_prepend(tmp_path)
         return [
-            "trl", script, "--model_name_or_path", save_language_model(tmp_path / "base"), "--dataset_name",
-            str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), "--max_steps", "20",
-            "--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_r", "2",
-            "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no",
-            "--scaling", "column", "--scaling_interval", "2", *OPTIONS[script],
+            "trl", script, "--model_name_or_path", save_language_model(tmp_path / "base"),
+            "--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"),
+            "--max_steps", "20", "--learning_rate", "2e-2", "--per_device_train_batch_size", "4",
+            "--lora_r", "2", "--lora_target_modules", "all-linear", "--scaling", "column", "--scaling_interval", "2",
+            "--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no",
+            *OPTIONS[script],
         ]  # fmt: skip
 
     return arguments
@@ -56,7 +57,7 @@ def test_a_script_trains_a_scalora_adapter(script, command, tmp_path):
 
 
 def test_values_that_are_not_allowed_are_named(command, capsys):
-    assert main([*command("sft"), "--scaling", "colum"]) == 1
-    assert "scaling='colum' must be one of 'column'" in capsys.readouterr().err
+    assert main([*command("sft"), "--scaling", "diagonal"]) == 1
+    assert "scaling='diagonal' must be one of 'column'" in capsys.readouterr().err
     assert main([*command("sft"), "--use_dora"]) == 1
     assert "ScaLoRA does not support use_dora=True" in capsys.readouterr().err

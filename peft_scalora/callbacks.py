@@ -40,7 +40,9 @@ class ScaLoRACallback(TrainerCallback):
     """
 
     def __init__(self, trainer=None, tol: float = 0.01, plot: bool = True):
-        self.trainer, self.tol, self.plot = trainer, tol, plot
+        self.trainer = trainer
+        self.tol = tol
+        self.plot = plot
         if plot:
             require_matplotlib()
         self._seen: RescaleReport | None = None
@@ -72,7 +74,9 @@ class ScaLoRACallback(TrainerCallback):
     def _figures(self, model, step: int) -> dict[str, float]:
         adapters = model.active_adapters
         adapters = adapters() if callable(adapters) else adapters  # a method where transformers carries the adapter
-        ranks = [rank for adapter in adapters for rank in effective_rank(model, self.tol, adapter).values()]
+        ranks = []
+        for adapter in adapters:
+            ranks += effective_rank(model, self.tol, adapter).values()
         merged = [m.merged_base is not None for m in model.modules() if isinstance(m, ScaLoRALayer)]
         figures = {"scalora/effective_rank": sum(ranks) / len(ranks)}
         if merged:

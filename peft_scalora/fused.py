@@ -60,7 +60,8 @@ class FusedLinear:
         """
         if self.disable_adapters or self.merged or self.lora_variant or kwargs.get("adapter_names") is not None:
             return None
-        adapters, base = self._adapters_here(), self.base_layer
+        base = self.base_layer
+        adapters = self._adapters_here()
         factors = [held[adapter] for adapter in adapters for held in (self.lora_A, self.lora_B)]
         if not all(_is_plain(factor) and factor.bias is None for factor in factors):
             return None
@@ -84,7 +85,8 @@ class FusedLinear:
         dtype = _product_dtype(lora_A)
         x = self._cast_input_dtype(x, lora_A.dtype).to(dtype)
         apart = self._is_dropping(adapter) or not self.has_accumulator(adapter)
-        U, V, scale = lora_B[:, :0], lora_A[:0], 1.0
+        U, V = lora_B[:, :0], lora_A[:0]
+        scale = 1.0
         if not apart:
             accumulator = self.accumulator(adapter)
             U, V = accumulator.beside_base()

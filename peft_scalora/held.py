@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,11 @@ class Progress:
 
 class HoldingLayer:
     """Mixin over a LoRA layer that keeps, saves and loads tensors of its adapters beside their factors."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what the LoRA layer has, of which a type checker sees nothing here."""
 
     def hold(self, name: str, adapter: str, tensor: Tensor, kind: type[HeldDict] = HeldDict) -> None:
         """Keep and save a tensor of the adapter as `name`."""

@@ -126,7 +126,8 @@ class ScaLoRALayer(MergeableLayer, HoldingLayer):
 
     def merge(self, *args, **kwargs) -> None:
         """Merge as PEFT does, and keep the error of quantizing the sum again for the model to report."""
-        before, merged = dequantized(self.get_base_layer()), len(self.merged_adapters)
+        before = dequantized(self.get_base_layer())
+        merged = len(self.merged_adapters)
         super().merge(*args, **kwargs)
         if before is not None and self.merged_adapters[merged:]:
             change = sum(self.get_delta_weight(adapter) for adapter in self.merged_adapters[merged:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from itertools import chain
@@ -168,7 +169,8 @@ class ScaLoRAModel(LoraModel):
             return
         layers = [layer for layer in self.modules() if isinstance(layer, ScaLoRALayer)]
         known = [name for name in adapters if name in self.peft_config]
-        has_change = any(layer.accumulator(a).columns for layer in layers for a in known if layer.has_accumulator(a))
+        accumulators = [layer.accumulator(name) for layer in layers for name in known if layer.has_accumulator(name)]
+        has_change = any(accumulator.columns for accumulator in accumulators)
         if combination_type in _ON_ENTRIES and has_change and len(adapters) > 1:
             raise ValueError(
                 f"ScaLoRA does not support combination_type={combination_type!r} for adapters that have been rescaled: "
@@ -217,12 +219,14 @@ def _warn_of_another_base(model: nn.Module, config: ScaLoRAConfig) -> None:
 
     It is no error: a base with another adapter merged into it, or with a larger vocabulary, may be meant.
     """
-    recorded, current = config.base_fingerprint, _base_fingerprint(model, config)
+    recorded = config.base_fingerprint
     if recorded is None:
         return
+    current = _base_fingerprint(model, config)
     if reason := difference(recorded, current):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        there, here = config.base_model_name_or_path, getattr(base, "name_or_path", None) or type(base).__name__
+        there = config.base_model_name_or_path
+        here = getattr(base, "name_or_path", None) or type(base).__name__
         warnings.warn(
             f"The adapter was trained on base model {there!r} (fingerprint {short(recorded)}) and is loaded onto "
             f"another one, {here!r} (fingerprint {short(current)}): {reason}. Unless you mean it, load it onto the "
@@ -265,7 +269,7 @@ def _warn_of_requantization(layers: dict[str, ScaLoRALayer]) -> None:
     measured = [norms for norms in measured if norms is not None]
     if not measured:
         return
-    error, change = (sum(norms[i] ** 2 for norms in measured) ** 0.5 for i in (0, 1))
+    error, change = (math.hypot(*norms) for norms in zip(*measured))
     size = error / change if change else float("inf")
     warnings.warn(
         f"Merging quantized {len(measured)} weights again, which moved them by {size:.2g} times the norm of the change "
@@ -275,7 +279,8 @@ def _warn_of_requantization(layers: dict[str, ScaLoRALayer]) -> None:
 
 
 def _combine_progress(layer: ScaLoRALayer, names: list[str], new_name: str) -> None:
-    new, old = layer.progress(new_name), [layer.progress(name) for name in names]
+    new = layer.progress(new_name)
+    old = [layer.progress(name) for name in names]
     new.steps = max((progress.steps for progress in old), default=0)
     new.rescalings = max((progress.rescalings for progress in old), default=0)
 

@@ -34,7 +34,8 @@ def _form(setting: Field) -> dict:
 
 
 def _help(setting: Field) -> str:
-    text, allowed = setting.metadata["help"], setting.metadata["allowed"]
+    text = setting.metadata["help"]
+    allowed = setting.metadata["allowed"]
     if isinstance(allowed, str) and allowed:
         text += f"; {allowed}"
     if setting.default in (MISSING, None, "", ()):

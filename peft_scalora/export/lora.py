@@ -205,8 +205,10 @@ def plain_config(config: ScaLoRAConfig, rank: int, plain: dict[str, SavedLayer])
     kept.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
     for name, layer in plain.items():
         # The whole name: PEFT would take a bare one for the end of others too.
-        key, r = "^" + re.escape(name.removeprefix(PREFIX)), layer.lora_A.shape[0]
-        kept["rank_pattern"][key], kept["alpha_pattern"][key] = r, layer.scaling * r
+        key = "^" + re.escape(name.removeprefix(PREFIX))
+        r = layer.lora_A.shape[0]
+        kept["rank_pattern"][key] = r
+        kept["alpha_pattern"][key] = layer.scaling * r
     settings = LoraConfig(**kept | {"inference_mode": True})
     for name, value in vars(settings).items():
         if isinstance(value, set):  # in a fixed order, so that an export is always the same bytes

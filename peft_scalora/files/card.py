@@ -68,14 +68,18 @@ def write_note(folder: str, config: LoraConfig) -> None:
         replace_file(os.path.join(each, "README.md"), f"{card}\n\n{note}".lstrip())
 
 
+def _without_unfilled_lines(block: str) -> str:
+    lines = (line for line in block.splitlines() if _UNFILLED not in line)
+    return "\n".join(lines).strip("\n")
+
+
 def without_empty_sections(card: str) -> str:
     """Return a card without the sections of PEFT's template that nobody has filled in."""
     if _UNFILLED not in card:
         return card
     blocks = [block for block in re.sub(r"<!--.*?-->", "", card, flags=re.DOTALL).split("\n\n") if block.strip()]
-    filled = ["\n".join(line for line in block.splitlines() if _UNFILLED not in line).strip("\n") for block in blocks]
     kept: list[str] = []
-    for block in filter(None, filled):
+    for block in filter(None, map(_without_unfilled_lines, blocks)):
         while kept and _depth(kept[-1]) and 0 < _depth(block) <= _depth(kept[-1]):
             kept.pop()  # a heading without text, followed by another that is no part of it
         kept.append(block)

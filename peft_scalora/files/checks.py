@@ -36,7 +36,7 @@ _REMEDY = "The adapter is damaged or not what it says: fetch or save it again."
 
 def accumulator_rank(asked: int | str | None, r: int, *features: int) -> int:
     """Return R, the capacity in columns of the accumulator of a layer with adapter rank r and so many features."""
-    columns = {"auto": 7 * r, None: 8 * r}.get(asked, asked)
+    columns = 7 * r if asked == "auto" else 8 * r if asked is None else int(asked)
     return min(columns, *features) if features else columns
 
 
@@ -103,9 +103,11 @@ def _refuse_factors_alone(shapes: Mapping, factors: list[tuple[str, str, str]], 
 def _check_layer(shapes: Mapping, name: str, suffix_A: str, suffix_B: str, config: LoraConfig, source: str) -> None:
     if not any(key.startswith(f"{name}scalora_") for key in shapes):
         return  # plain LoRA, in a shape that PEFT knows
-    A, B = shapes[name + suffix_A], shapes.get(name + suffix_B, ())
+    A = shapes[name + suffix_A]
+    B = shapes.get(name + suffix_B, ())
     r = pattern_value(config.rank_pattern, name.removesuffix("."), config.r)
-    out_features, in_features = B[0] if B else 0, prod(A[1:])
+    out_features = B[0] if B else 0
+    in_features = prod(A[1:])
     expected = {suffix_A: (r, *A[1:]), suffix_B: (out_features, r, *B[2:])} | _STATE_SHAPES
     for key, shape in config.accumulator_shapes(r, out_features, in_features).items():
         expected[f"{key}.weight"] = shape
@@ -128,7 +130,7 @@ def _dense_shapes(config: LoraConfig, r: int, out_features: int, in_features: in
     return {"scalora_U.weight": (out_features, in_features), "scalora_V.weight": (0, in_features)}
 
 
-def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
+def pattern_value(pattern: Mapping[str, int], name: str, default: int) -> int:
     """Return the entry of rank_pattern or alpha_pattern for a saved layer, matched by its name in the base model."""
     # Within an attention that is adapted as a whole, its output projection has a layer of its own.
     name = name.removeprefix(PREFIX).partition(".base_layer.")[0]

@@ -153,7 +153,8 @@ def _encode(settings: FinetuneSettings, data: RunData, tokenizer, model) -> tupl
     """Return the encoded rows of every part, and what became of them at `max_length`."""
     if settings.task != CAUSAL_LM:
         model.config.pad_token_id = tokenizer.pad_token_id
-    encoded, lengths = {}, {}
+    encoded = {}
+    lengths = {}
     for part, rows in data.parts.items():
         encoded[part], lengths[part] = encode_counting(
             rows, tokenizer, settings.task, data.fields, settings.max_length, data.classes

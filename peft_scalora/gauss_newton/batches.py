@@ -34,7 +34,8 @@ class KnownGradients(torch.autograd.Function):
     def forward(ctx, value: Tensor, weight: Weight, *params_and_gradients: Tensor) -> Tensor:
         # Of the batch no more than its weight: `forward` may hold outputs that hold this value, and no collector sees
         # a cycle that goes through the graph.
-        ctx.weight, ctx.params = weight, len(params_and_gradients) // 2
+        ctx.weight = weight
+        ctx.params = len(params_and_gradients) // 2
         ctx.save_for_backward(*params_and_gradients[ctx.params :])
         return value.clone()
 

@@ -43,7 +43,8 @@ class GaussNewtonCallback(TrainerCallback):
     """
 
     def __init__(self, config: GaussNewtonConfig | None = None, loss: LogitsLoss | None = None):
-        self.config, self.loss = config or GaussNewtonConfig(), loss
+        self.config = config or GaussNewtonConfig()
+        self.loss = loss
         self.optimizer: GaussNewton | None = None
         self._forward: LinearizedForward | None = None
         self._undo: list = []

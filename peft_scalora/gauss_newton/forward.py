@@ -54,7 +54,8 @@ class _Caller(nn.Module):
 
     def __init__(self, model: nn.Module, forward: Callable):
         super().__init__()
-        self.model, self._own_forward = model, forward
+        self.model = model
+        self._own_forward = forward
 
     def forward(self, *args, **kwargs):
         return self._own_forward(*args, **kwargs)
@@ -73,7 +74,10 @@ class LinearizedForward:
     """
 
     def __init__(self, model: nn.Module, optimizer: GaussNewton, loss: LogitsLoss, on_error: Callable[[], None]):
-        self.model, self.optimizer, self.loss, self._on_error = model, optimizer, loss, on_error
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self._on_error = on_error
         self._installed = self._checked = False
 
     def install(self) -> None:
@@ -131,7 +135,8 @@ class LinearizedForward:
                 f"Gauss-Newton needs forward-mode differentiation, which a part of the model lacks ({reason}). Switch "
                 "off fused kernels (attn_implementation='eager', no liger or hub kernels)."
             ) from error
-        outputs["loss"], outputs["logits"] = value, outputs["logits"].detach()
+        outputs["loss"] = value
+        outputs["logits"] = outputs["logits"].detach()
         return _fused_output(outputs, labels, **loss_kwargs) if fused_lm_head else outputs
 
     @torch.no_grad()

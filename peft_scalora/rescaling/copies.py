@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def check_copies(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None
 def _wrappers_on_the_stack(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Return the objects with parameter groups of which a method is running, but for the optimizer."""
     found: list[Any] = []
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":

@@ -7,6 +7,7 @@ import weakref
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ _warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 def base_learning_rate(group: dict) -> float | Tensor:
     """Return η of a parameter group before any schedule: in a warmup the scheduled one sends 1 / (L η) to infinity."""
     return group.get("initial_lr", group["lr"])
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of all groups, in their order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def base_learning_rates(optimizer: torch.optim.Optimizer) -> dict[int, float | Tensor]:
+    """Return the base learning rate of every parameter, by the parameter's id."""
+    return {id(p): base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
 
 
 def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
@@ -46,15 +57,15 @@ def targets_of(optimizer: torch.optim.Optimizer) -> list[Target]:
     That order is the same on all ranks. Parameters that an inner optimizer steps are left to that one, which holds
     their state. Warns, once an optimizer, of adapters of which it steps one factor only: nothing rescales those.
     """
-    owners = {}
+    owners: dict[int, tuple[ScaLoRALayer, str]] = {}
     for layer in LAYERS:
         for adapter in tuple(layer.scalora_config):
             with suppress(KeyError):  # another thread has just deleted it
                 owners |= {id(factor): (layer, adapter) for factor in layer.factors(adapter)}
-    inner = {id(p) for each in inner_optimizers(optimizer) for group in each.param_groups for p in group["params"]}
-    rates = {id(p): base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
-    rates = {parameter: rate for parameter, rate in rates.items() if parameter not in inner}
-    targets, alone = [], set()
+    inner = {id(p) for each in inner_optimizers(optimizer) for p in parameters_of(each)}
+    rates = {p: rate for p, rate in base_learning_rates(optimizer).items() if p not in inner}
+    targets = []
+    alone = set()
     for parameter in rates:
         if parameter not in owners:
             continue
@@ -131,7 +142,8 @@ def rescale_targets(targets: list[Target], optimizer: OptimizerState, report: Re
     if True not in sharded:
         _rescale_whole(ready, optimizer, report)
         return
-    factors, optimizer = assemble((p for target in ready for p in (target.lora_B, target.lora_A)), optimizer)
+    pairs = [(target.lora_B, target.lora_A) for target in ready]
+    factors, optimizer = assemble(chain.from_iterable(pairs), optimizer)
     whole = [
         replace(target, lora_B=lora_B.whole, lora_A=lora_A.whole)
         for target, lora_B, lora_A in zip(ready, factors[::2], factors[1::2])

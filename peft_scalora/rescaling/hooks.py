@@ -7,6 +7,7 @@ import sys
 import threading
 from importlib import import_module
 from operator import attrgetter
+from types import FrameType
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ def with_rescaling(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.opt
 
     # Pickled by a name from which `__getattr__` below makes the class again.
     path = f"{optimizer_cls.__module__}:{optimizer_cls.__qualname__}".replace(".", "/")
-    names = {"__module__": __name__, "__qualname__": _EXPLICIT + path, "__doc__": optimizer_cls.__doc__}
-    names |= {"rescales_itself": True, "step": step}
+    names: dict[str, Any] = {"__module__": __name__, "__qualname__": _EXPLICIT + path}
+    names |= {"__doc__": optimizer_cls.__doc__, "rescales_itself": True, "step": step}
     return type(f"{optimizer_cls.__name__}WithRescaling", (optimizer_cls,), names)
 
 
@@ -156,7 +157,7 @@ def _is_within_own_step(optimizer: torch.optim.Optimizer) -> bool:
     """
     if sum(hasattr(vars(cls).get("step"), "hooked") for cls in type(optimizer).__mro__) < 2:
         return False
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     running = 0
     while frame is not None:
         if frame.f_code is STEP_CODE and frame.f_locals["args"][0] is optimizer:

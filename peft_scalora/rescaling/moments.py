@@ -128,7 +128,9 @@ def check_state(optimizer: torch.optim.Optimizer, *params: Tensor) -> None:
     rule = rule_for(optimizer)
     # An optimizer without a rule may keep the state of all parameters with the first one, as LBFGS does.
     states = {p: optimizer.state.get(p, {}) for p in params} if rule else optimizer.state
-    unknown = {name: None for p, state in states.items() for name in state if _is_unknown(name, state[name], rule, p)}
+    unknown: dict[str, None] = {}  # a set that keeps the order
+    for param, state in states.items():
+        unknown |= dict.fromkeys(name for name in state if _is_unknown(name, state[name], rule, param))
     if unknown:
         raise TypeError(
             f"ScaLoRA cannot carry the state {', '.join(map(repr, unknown))} of optimizer "
@@ -169,7 +171,8 @@ def carry(optimizer: OptimizerState, params: list[Tensor], scale_KLr: Tensor, di
 
     All factors have the same carried states.
     """
-    kinds, dense = [params, [p.grad for p in params]], [0, 1]
+    kinds = [params, [p.grad for p in params]]
+    dense = [0, 1]
     for k, name in enumerate(optimizer.carried(params[0]), start=2):
         states = [optimizer.state[p] for p in params]
         if states[0][name].dtype == torch.uint8:

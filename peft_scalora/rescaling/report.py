@@ -26,7 +26,8 @@ class FoldGrams:
 
         Its own floor is 1e-8.
         """
-        r, K = self.r, self.gram_P_LKK.shape[-1]
+        r = self.r
+        K = self.gram_P_LKK.shape[-1]
         signs_K = torch.tensor([1.0] * r + [-1.0] * r + [-1 / self.s] * (K - 2 * r), dtype=torch.float64)
         products_LKK = (self.gram_P_LKK * self.gram_Q_LKK).cpu() * signs_K[:, None] * signs_K
         whole_L = products_LKK[:, :r, :r].sum((-2, -1))
@@ -67,7 +68,7 @@ class RescaleReport:
     @property
     def counts(self) -> Counter[str]:
         """Count layers by the label of how they were scaled."""
-        counts = Counter(dict.fromkeys(SCALINGS, 0), skipped=self.without_gradient)
+        counts = Counter(dict.fromkeys(SCALINGS, 0) | {"skipped": self.without_gradient})
         for scales in self.scales:
             counts["skipped"] += int(scales.skipped_L.sum())
             for label, mask_L in scales.scaled_by.items():

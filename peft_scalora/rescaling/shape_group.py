@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Target:
 
     def group_key(self, optimizer: OptimizerState) -> tuple:
         """Return what targets that are rescaled as one batch have in common."""
-        scaling, accumulator = self.layer.scalora_config[self.adapter].scaling, self.accumulator
+        scaling = self.layer.scalora_config[self.adapter].scaling
+        accumulator = self.accumulator
         held = type(accumulator), accumulator.shape, accumulator.capacity, accumulator.columns
         factors = self.lora_B.shape, self.lora_A.shape, self.lora_B.dtype, self.lora_A.dtype, self.lora_B.device
         states = [tuple(optimizer.carried(factor)) for factor in (self.lora_B, self.lora_A)]
@@ -158,13 +160,14 @@ class Fold:
 
 def _join(dim: int, dtype: torch.dtype, *kinds: Sequence[Tensor] | Tensor) -> Tensor:
     """Return matrices of L layers, of each kind one a layer, one above the other (dim 0) or side by side (dim 1)."""
-    kinds = [[tensor.detach().flatten(1) for tensor in kind] for kind in kinds]
-    sizes = [kind[0].shape[dim] for kind in kinds]
-    shape = list(kinds[0][0].shape)
+    matrices = [[tensor.detach().flatten(1) for tensor in kind] for kind in kinds]
+    first = matrices[0][0]
+    sizes = [kind[0].shape[dim] for kind in matrices]
+    shape = list(first.shape)
     shape[dim] = sum(sizes)
-    joined = torch.empty(len(kinds[0]), *shape, dtype=dtype, device=kinds[0][0].device)
-    targets = [target for part in joined.split(sizes, dim=1 + dim) for target in part.unbind()]
-    torch._foreach_copy_(targets, [tensor for kind in kinds for tensor in kind])
+    joined = torch.empty(len(matrices[0]), *shape, dtype=dtype, device=first.device)
+    places = [part.unbind() for part in joined.split(sizes, dim=1 + dim)]
+    torch._foreach_copy_(list(chain.from_iterable(places)), list(chain.from_iterable(matrices)))
     return joined
 
 
@@ -178,12 +181,13 @@ def solve(groups: list[ShapeGroup], optimizer: OptimizerState, report: RescaleRe
     by_system = defaultdict(list)
     for index, group in enumerate(groups):
         by_system[group.system_key(optimizer)].append(index)
-    solved = {}
+    solved: dict[int, GroupScales] = {}
     for (scaling, target_norms2, powers_left, powers_right, *_), indices in by_system.items():
         batch = [groups[index] for index in indices]
-        grams = _cat(group.grams() for group in batch)
+        gram_left, gram_right = _cat(group.grams() for group in batch)
         targets = [target for group in batch for target in group.targets]
-        scales = column_scales(*grams, *_target_norms2(targets, target_norms2, scaling), scaling)
+        target2_alpha, target2_beta = _target_norms2(targets, target_norms2, scaling)
+        scales = column_scales(gram_left, gram_right, target2_alpha, target2_beta, scaling)
         report.scales.append(scales)
         # Rounded once here, so that the fold and the factors use the same scales.
         alpha_Lr, beta_Lr = scales.alpha_Lr.float(), scales.beta_Lr.float()
@@ -227,7 +231,8 @@ def accumulate(groups: list[ShapeGroup], folds: list[Fold], report: RescaleRepor
     """Add every group's fold to its accumulators, recompressing those that are full."""
     full = defaultdict(list)
     for group, change in zip(groups, folds):
-        accumulators, added = group.accumulators, change.V_LKN.shape[-2]
+        accumulators = group.accumulators
+        added = change.V_LKN.shape[-2]
         if accumulators[0].fits(added):
             type(accumulators[0]).append(accumulators, change.U_LMK, change.V_LKN)
         else:
@@ -247,7 +252,8 @@ def _columns_kept(accumulator: Accumulator, added: int) -> int:
 
 def _pieces(batch: list[tuple[ShapeGroup, Fold]], columns: int) -> Iterator[list[tuple[list[Target], Fold]]]:
     """Cut full accumulators into batches, of which each fits the workspace, of layers of one shape."""
-    pieces, free = [], _WORKSPACE
+    pieces: list[tuple[list[Target], Fold]] = []
+    free = _WORKSPACE
     for group, change in batch:
         size = (change.U_LMK.shape[-2] + change.V_LKN.shape[-1]) * columns
         start = 0
@@ -268,7 +274,8 @@ def _recompress(pieces: list[tuple[list[Target], Fold]], kept: int, report: Resc
     for targets, change in pieces:
         U, V = zip(*(target.accumulator.in_use() for target in targets))
         joined.append((_join(1, torch.float64, U, change.U_LMK), _join(0, torch.float64, V, change.V_LKN)))
-    left_LKC, right_LCK, discarded_L = truncation(*_cat(gram_matrices(*pair) for pair in joined), kept)
+    gram_left, gram_right = _cat(gram_matrices(*pair) for pair in joined)
+    left_LKC, right_LCK, discarded_L = truncation(gram_left, gram_right, kept)
     report.discarded_norms.append(discarded_L)
     norms = [target.layer.scalora_norms[target.adapter][1:] for targets, _ in pieces for target in targets]
     torch._foreach_add_(norms, list(discarded_L.float()[:, None].unbind()))

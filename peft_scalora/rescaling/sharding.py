@@ -106,7 +106,7 @@ def wire_deepspeed(before_step) -> None:
         before_step(engine)
         return original(engine, *args, **kwargs)
 
-    take_model_step.rescales = True
+    take_model_step.rescales = True  # type: ignore[attr-defined]
     DeepSpeedEngine._take_model_step = take_model_step
 
 
@@ -118,7 +118,8 @@ def check_ranks(named: Iterable[tuple[str, Tensor]]) -> None:
     """
     if os.environ.get(CHECK_RANKS) != "1" or not (dist.is_available() and dist.is_initialized()):
         return
-    tensors, sums = dict(named), []
+    tensors = dict(named)
+    sums = []
     for tensor in tensors.values():
         bits = tensor.detach().contiguous().view(torch.uint8).flatten().long()
         weights = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ..config import ScaLoRAConfig
 from ..held import STEPS, HostHeld
 from ..layer import LAYERS, ScaLoRALayer
 from .copies import check_copies
-from .engine import base_learning_rate, inner_optimizers, rescale_targets, targets_of
+from .engine import base_learning_rates, inner_optimizers, rescale_targets, targets_of
 from .history import note_step
 from .moments import OptimizerState, check_state
 from .report import RescaleReport
@@ -81,14 +81,14 @@ def _targets(due: list[Stepped], optimizer: torch.optim.Optimizer) -> list[Targe
     """Return what is to be rescaled, with its learning rates; refuse state and copies that cannot be carried along."""
     check_state(optimizer, *(stepped.lora_A for stepped in due))
     check_copies(optimizer, [p for stepped in due for p in (stepped.lora_B, stepped.lora_A)])
-    rates = {id(p): base_learning_rate(group) for group in optimizer.param_groups for p in group["params"]}
+    rates = base_learning_rates(optimizer)
     return [Target(each.layer(), *each[1:4], rates[id(each.lora_B)], rates[id(each.lora_A)]) for each in due]
 
 
 class Stepped(NamedTuple):
     """Adapter in one layer, of which an optimizer steps both factors."""
 
-    layer: weakref.ref[ScaLoRALayer]
+    layer: Callable[[], Any]  # a weak reference to a ScaLoRALayer
     adapter: str
     lora_B: nn.Parameter
     lora_A: nn.Parameter

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,10 @@ def find_branches(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) 
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no list of blocks with normalisations: nothing to place.")
     inputs = _inputs_of(model) if inputs is None else inputs
-    calls = _record(model, [f"{stack}.{i}" for stack, blocks in stacks.items() for i in range(len(blocks))], inputs)
+    paths = []
+    for stack, blocks in stacks.items():
+        paths += [f"{stack}.{index}" for index in range(len(blocks))]
+    calls = _record(model, paths, inputs)
     branches = []
     for stack, blocks in stacks.items():
         for index, block in enumerate(blocks):
@@ -117,16 +120,17 @@ def _pre_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branch
     }
     # Some blocks flatten batch and sequence for their branch.
     children = {name: output.reshape(x.shape) for name, output in children.items() if output.numel() == x.numel()}
-    fitting = [
-        names
-        for count in range(1, MAX_BRANCHES + 1)
-        for names in combinations(children, count)
-        if _equal(sum((children[name] for name in names), x), call.output)
-    ]
+    groups = chain.from_iterable(combinations(children, count) for count in range(1, MAX_BRANCHES + 1))
+    fitting = [names for names in groups if _equal(sum((children[name] for name in names), x), call.output)]
     norm = next((name for name, child in block.named_children() if is_norm(child)), None)
     if norm is None or len(fitting) != 1:
         return []
     return [Branch(f"{path}.{name}", f"{path}.{norm}", False) for name in fitting[0]]
+
+
+def _is_sum(total: Tensor, output: Tensor, inputs: Iterable[Tensor]) -> bool:
+    """Tell whether the total is the output plus one of the inputs."""
+    return any(x.shape == output.shape and _equal(x + output, total) for x in inputs)
 
 
 def _post_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branch]:
@@ -140,12 +144,8 @@ def _post_ln(path: str, block: nn.Module, calls: dict[str, _Call]) -> list[Branc
                 continue
             added = calls[norm_path].inputs[0]
             children = [f"{name}.{child}" for child, _ in module.named_children() if child != norm_name]
-            sums = {
-                child: [x + calls[child].replaced for x in calls[name].inputs if x.shape == calls[child].replaced.shape]
-                for child in children
-                if child in calls
-            }
-            ends = [child for child, added_up in sums.items() if any(_equal(total, added) for total in added_up)]
+            recorded = [child for child in children if child in calls]
+            ends = [child for child in recorded if _is_sum(added, calls[child].replaced, calls[name].inputs)]
             branches += [Branch(end, norm_path, True) for end in ends if len(ends) == 1]
     return branches
 
@@ -156,7 +156,8 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 def _inputs_of(model: nn.Module) -> Mapping[str, Tensor]:
     """Return the inputs that a model brings, if it can run on them: many that take no text bring token ids anyway."""
-    name, inputs = type(model).__name__, getattr(model, "dummy_inputs", None)
+    name = type(model).__name__
+    inputs = getattr(model, "dummy_inputs", None)
     if inputs is None:
         raise ValueError(f"{name} brings no dummy_inputs: give inputs, the arguments of forward.")
     try:
@@ -174,7 +175,9 @@ def _record(model: nn.Module, blocks: list[str], inputs: Mapping[str, Tensor]) -
     Integers take the place of the arguments of blocks and of modules with a normalisation, and of what all modules
     within the blocks return.
     """
-    modules = {path: m for block in blocks for path, m in model.get_submodule(block).named_modules(prefix=block)}
+    modules = {}
+    for block in blocks:
+        modules.update(model.get_submodule(block).named_modules(prefix=block))
     times = dict.fromkeys(modules, 0)
 
     def counting(path: str):

@@ -39,7 +39,8 @@ def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[floa
     Returns:
         the norm, and the norm of each group that has a gradient; both empty (nan) without any gradient.
     """
-    names, norms = [], []
+    names = []
+    norms = []
     for name, parameter in parameters:
         if parameter.grad is not None:
             norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
@@ -88,7 +89,9 @@ class PercentileThreshold:
     def __init__(
         self, q: float | None, burn_in: int, initial: float | None = None, calibration: Sequence[float] | None = None
     ):
-        self.q, self.burn_in, self.initial = q, burn_in, initial
+        self.q = q
+        self.burn_in = burn_in
+        self.initial = initial
         self._constant = None if calibration is None else percentile(_updates(calibration), q)
         self._ordered: list[float] = []
 

@@ -56,7 +56,8 @@ class HiddenStateProbe:
         stacks = block_lists(model)
         if not stacks:
             raise ValueError(f"{type(model).__name__} has no list of blocks: nothing to probe.")
-        self.model, self.every = model, every
+        self.model = model
+        self.every = every
         self.stack, self._blocks = next(iter(stacks.items()))
         self.profiles: list[DepthProfile] = []
         self._open: DepthProfile | None = None

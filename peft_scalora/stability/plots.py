@@ -69,7 +69,8 @@ def plot_judged(axis, steps: Sequence[int], losses: Sequence[float]) -> Instabil
 
 def judge(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[tuple[int, float]], InstabilityReport]:
     """Return the limit that held at each step, from the fifth loss on, and what was found."""
-    monitor, limits = LossMonitor(), []
+    monitor = LossMonitor()
+    limits = []
     for step, loss in zip(steps, losses):
         monitor.update(loss, step)
         if monitor.limit is not None:

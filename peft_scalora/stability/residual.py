@@ -37,7 +37,8 @@ class ResidualEnd(nn.Module):
 
     def __init__(self, branch: Branch, step: float = 1.0):
         super().__init__()
-        self.branch, self.step = branch, step
+        self.branch = branch
+        self.step = step
         self.norm: nn.Module | None = None
         self.alpha: nn.Parameter | None = None
 
@@ -214,7 +215,8 @@ def _ends(model: nn.Module, inputs: dict | None) -> dict[str, ResidualEnd]:
 
 
 def _insert(model: nn.Module, branch: Branch) -> ResidualEnd:
-    module, end = model.get_submodule(branch.path), ResidualEnd(branch)
+    module = model.get_submodule(branch.path)
+    end = ResidualEnd(branch)
     if isinstance(module, nn.Sequential):  # runs all its children, so the end is one of them
         module.add_module("residual_end", end)
         return end

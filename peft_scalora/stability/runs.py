@@ -77,7 +77,8 @@ def finish_evaluating(result: Trainer | Sequence[float], learning_rate: float, s
 
 
 def _check_trainer(trainer: Trainer, learning_rate: float) -> None:
-    rate, data = trainer.args.learning_rate, trainer.eval_dataset
+    rate = trainer.args.learning_rate
+    data = trainer.eval_dataset
     if not math.isclose(rate, learning_rate):
         raise ValueError(f"train({learning_rate:g}) returned a Trainer with learning_rate={rate:g}: use the given one.")
     if isinstance(data, dict):

@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP = -m pip install --quiet --constraint constraints.txt
 TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart test test-fast test-integrations seams lint types docs bench clean
+.PHONY: quickstart test test-fast test-integrations walk seams lint types docs bench clean
 
 quickstart: .venv/quickstart/installed
 	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
@@ -24,14 +24,18 @@ test-integrations: $(INTEGRATIONS:%=.venv/integrations-%/installed)
 	$(foreach tool,$(INTEGRATIONS),HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 	    .venv/integrations-$(tool)/bin/python -m pytest $(call INTEGRATION_TEST,$(tool)) $(ARGS) &&) true
 
+# README and the documentation followed by a stranger, with the package out of its wheel and its sdist.
+walk: .venv/tools/installed .venv/test/installed
+	.venv/tools/bin/python tests/walk.py --environment .venv/walk --test-python .venv/test/bin/python
+
 lint: .venv/tools/installed
 	.venv/tools/bin/ruff check .
 	.venv/tools/bin/ruff format --check .
 	.venv/tools/bin/codespell --ignore-words-list nd,uery,valeu README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests --skip '*.txt'
 
-# Of the rooms whose annotations are complete; torch's own types come from the test environment.
-types: .venv/tools/installed .venv/test/installed
-	.venv/tools/bin/mypy --python-executable .venv/test/bin/python peft_scalora/maths peft_scalora/rescaling peft_scalora/files
+# Of the rooms that setup.cfg names.
+types: .venv/tools/installed
+	.venv/tools/bin/mypy
 
 docs: .venv/tools/installed
 	NO_MKDOCS_2_WARNING=1 .venv/tools/bin/mkdocs build --quiet --strict
@@ -54,7 +58,7 @@ ORACLE = curvlinops-for-pytorch backpack-for-pytorch
 # Linters and the documentation read the package, and need not install it.
 .venv/tools/installed: constraints.txt
 	$(PYTHON) -m venv .venv/tools
-	.venv/tools/bin/python $(PIP) codespell mypy ruff mkdocs mkdocs-material 'mkdocstrings[python]'
+	.venv/tools/bin/python $(PIP) build codespell mypy ruff mkdocs mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 .venv/integrations-%/installed: tests/integrations/environments/%.txt constraints.txt

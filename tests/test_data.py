@@ -1,6 +1,7 @@
 """Rows that cannot be trained on are named; labels of any kind become classes; instructions keep their input."""
 
 import json
+import tracemalloc
 
 import pytest
 from helpers_runs import WORDS, save_encoder, save_language_model, sentences, write_rows
@@ -8,7 +9,7 @@ from transformers import AutoTokenizer
 
 from peft_scalora.cli import main
 from peft_scalora.finetuning.data import Fields, encode, find_fields, load_rows
-from peft_scalora.finetuning.run import FinetuneSettings, finetune, make_trainer
+from peft_scalora.finetuning.run import FinetuneSettings, finetune, load_data, make_trainer
 
 
 def run(tmp_path, rows, task="classification", **overrides):
@@ -166,3 +167,16 @@ def test_the_command_trains_on_string_labels(tmp_path, capsys):
     assert main(["finetune", *arguments, "--max-steps", "1", "--output", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["labels"] == ["no", "yes"]
     capsys.readouterr()
+
+
+def test_data_may_be_larger_than_memory(tmp_path):
+    """Rows stay on disk: what Python holds of 40 MB of them is what a few of them take."""
+    long = "the cat sat on the mat " * 100
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": f"{number} {long}"} for number in range(17_000)])
+    settings = FinetuneSettings(model="unread", data=data, task="causal-lm", output=str(tmp_path / "run"))
+    load_data(settings)  # what is imported or cached at first counts for nothing
+    tracemalloc.start()
+    rows = load_data(settings).parts["train"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 16_500 and peak < 10e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from .chat import check_messages, messages_of, tokenize_chat
@@ -88,6 +89,12 @@ def _with_input(fields: Fields, columns: list[str]) -> Fields:
     return replace(fields, input="input") if fields.prompt == "instruction" and "input" in columns else fields
 
 
+def values_of(rows, field: str) -> Iterator:
+    """Yield the values of a field, of few rows at a time: data may be larger than memory."""
+    for batch in rows.select_columns([field]).iter(1000):
+        yield from batch[field]
+
+
 def check_rows(rows, fields: Fields, source: str) -> None:
     """Refuse data without rows, and rows with a field that is no string, number or boolean, nor a conversation.
 
@@ -99,9 +106,8 @@ def check_rows(rows, fields: Fields, source: str) -> None:
     for name in fields.required():
         if name not in rows.column_names:
             raise ValueError(f"data={source!r} has no field {name!r}: its fields are {sorted(rows.column_names)}.")
-        values = rows[name][:]
-        conversations = name == fields.messages or (name == fields.prompt and isinstance(values[0], list))
-        for number, value in enumerate(values, start=1):
+        conversations = name == fields.messages or (name == fields.prompt and isinstance(rows[0][name], list))
+        for number, value in enumerate(values_of(rows, name), start=1):
             place = f"data={source!r}, row {number}: field {name!r}"
             if conversations or (isinstance(value, list) and name == fields.completion and _are_messages(value)):
                 check_messages(value, place, answered=name != fields.prompt)
@@ -153,7 +159,7 @@ def _kind(label) -> str:
 
 def check_labels(rows, label: str, classes: list | None, source: str) -> None:
     """Refuse rows whose labels are none of the training rows' classes, or no numbers where classes is None."""
-    for number, value in enumerate(rows[label][:], start=1):
+    for number, value in enumerate(values_of(rows, label), start=1):
         if isinstance(value, str) if classes is None else value not in classes:
             known = "numbers" if classes is None else ", ".join(map(repr, classes))
             raise ValueError(
@@ -218,7 +224,7 @@ def encode_counting(
         lengths.rows = len(encoded)
     if len(encoded) == 0:
         raise ValueError(f"no row of the data fits into max_length={max_length}: raise it.")
-    lengths.cut = sum(length > max_length for length in encoded["length"][:])
+    lengths.cut = sum(length > max_length for length in values_of(encoded, "length"))
     return encoded.remove_columns("length"), lengths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,10 @@ import transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the reports and progress bars of loading and encoding; the run's own lines say what matters of them."""
+    """Hide the reports, progress bars and notes to developers of loading and encoding.
+
+    The run's own lines say what matters of them.
+    """
     import datasets
 
     level = transformers.logging.get_verbosity()
@@ -22,7 +26,9 @@ def quiet() -> Iterator[None]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         datasets.logging.set_verbosity(data_level)

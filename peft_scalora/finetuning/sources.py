@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from typing import BinaryIO
 
 from ..version import install_command
 
@@ -140,24 +141,35 @@ def _broken_line(files: list[str], extension: str) -> str | None:
     for path in files:
         try:
             with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
-                content = file.read()
+                reason = _broken_part(file, extension)
         except OSError as error:
             return f"{path}: {error}"
-        if not content.strip():
-            return f"{path} is empty."
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                return f"{path}, line {number}, byte {error.start + 1}: it is not UTF-8 ({error.reason})."
-            if extension == ".jsonl" and text.strip():
-                reason = _broken_json(text)
-                if reason:
-                    return f"{path}, line {number}, {reason}"
-                if not isinstance(json.loads(text), dict):
-                    return f'{path}, line {number} has no fields: write an object such as {{"text": ...}}.'
-        if extension == ".json" and (reason := _broken_json(content.decode())):
-            return f"{path}, {reason}"
+        if reason:
+            return f"{path}{reason}"
+    return None
+
+
+def _broken_part(file: BinaryIO, extension: str) -> str | None:
+    """Read a file line by line, as it may be larger than memory; only JSON that is no JSONL is read whole."""
+    is_empty = True
+    for number, line in enumerate(file, start=1):
+        is_empty = is_empty and not line.strip()
+        try:
+            text = line.decode().rstrip("\n")
+        except UnicodeDecodeError as error:
+            return f", line {number}, byte {error.start + 1}: it is not UTF-8 ({error.reason})."
+        if extension == ".jsonl" and text.strip():
+            reason = _broken_json(text)
+            if reason:
+                return f", line {number}, {reason}"
+            if not isinstance(json.loads(text), dict):
+                return f', line {number} has no fields: write an object such as {{"text": ...}}.'
+    if is_empty:
+        return " is empty."
+    if extension == ".json":
+        file.seek(0)
+        reason = _broken_json(file.read().decode())
+        return reason and f", {reason}"
     return None
 
 

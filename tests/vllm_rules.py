@@ -1,8 +1,8 @@
-"""vLLM's rules for loading a LoRA folder, written down from vLLM 0.33.0, apart from peft_scalora/serving.py.
+"""vLLM's rules for loading a LoRA folder, written down from vLLM 0.33.0, apart from peft_scalora/files/vllm.py.
 
 Sources: vllm/lora/peft_helper.py (PEFTHelper.validate_legal), vllm/lora/utils.py (parse_fine_tuned_lora_name,
 is_base_embedding_weights), vllm/lora/lora_model.py (LoRAModel.from_local_checkpoint), vllm/config/lora.py
-(MaxLoRARanks). vLLM's modules import CUDA kernels, so they cannot be run here.
+(MaxLoRARanks). tests/serving runs vLLM itself, in an environment of its own.
 """
 
 import json

@@ -18,7 +18,7 @@ test-fast: .venv/test/installed
 	$(TEST) -m "not slow" $(ARGS)
 
 # Training tools, each in an environment of its own, as their pins clash with this package's and with each other's.
-INTEGRATIONS ?= ms-swift axolotl
+INTEGRATIONS ?= ms-swift axolotl libraries
 INTEGRATION_TEST = tests/integrations/test_$(subst -,_,$(1)).py
 test-integrations: $(INTEGRATIONS:%=.venv/integrations-%/installed)
 	$(foreach tool,$(INTEGRATIONS),HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \

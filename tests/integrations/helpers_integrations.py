@@ -25,7 +25,7 @@ def check_adapter(adapter, build, plain, inputs) -> None:
         adapter: the folder that a tool has saved.
         build: returns a new base model.
         plain: a new folder for the export.
-        inputs: keyword arguments of the model; its output has `logits`, or is a tensor.
+        inputs: keyword arguments of the model; its output is a tensor, or has `logits` or a `last_hidden_state`.
     """
     base = outputs(build(), inputs)
     model = PeftModel.from_pretrained(build(), adapter)
@@ -45,7 +45,7 @@ def check_adapter(adapter, build, plain, inputs) -> None:
 @torch.no_grad()
 def outputs(model, inputs) -> torch.Tensor:
     result = model.eval()(**inputs)
-    return getattr(result, "logits", result)
+    return getattr(result, "logits", getattr(result, "last_hidden_state", result))
 
 
 def check_language_model(adapter, base, plain) -> None:

@@ -19,7 +19,7 @@ ROWS = {
 OPTIONS = {
     "sft": ["--max_length", "16"],
     "dpo": ["--max_length", "16"],
-    "grpo": ["--num_generations", "4", "--max_completion_length", "6", "--reward_funcs", "rewards_of_tests.of_words"],
+    "grpo": ["--num_generations", "4", "--max_completion_length", "3", "--reward_funcs", "rewards_of_tests.of_words"],
 }
 REWARD = "def of_words(completions, **kwargs):\n    return [float(len(set(text))) for text in completions]\n"
 

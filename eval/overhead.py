@@ -32,6 +32,7 @@ from eval.overhead_bill import bill_of
 from eval.overhead_runs import SHAPES, Method, Run, make_base, make_run, methods
 from peft_scalora import ScaLoRAConfig
 from peft_scalora.files.atomic import replace_file
+from peft_scalora.files.checks import accumulator_rank
 from peft_scalora.files.tables import markdown
 from peft_scalora.plots import require_matplotlib, save_png
 
@@ -209,7 +210,7 @@ def measure_all(arguments: argparse.Namespace, device: str) -> dict:
 
 def main() -> None:
     arguments = parse()
-    arguments.accumulator_rank = arguments.accumulator_rank or 7 * arguments.r
+    arguments.accumulator_rank = accumulator_rank(arguments.accumulator_rank or "auto", arguments.r)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = measure_all(arguments, device)
     os.makedirs(arguments.output, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What README and the documentation give to run: blocks of Python, commands, and files of settings."""
+"""Find what README and the documentation give to run: blocks of Python, commands, and files of settings."""
 
 import re
 from pathlib import Path

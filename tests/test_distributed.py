@@ -82,7 +82,6 @@ def assert_same_adapter(adapter, single):
         assert float((change(adapter, layer) - expected).norm()) < 1e-6 * float(expected.norm())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_hold_the_same_bits_and_the_weights_of_one_process(engine, results):
     """With gradient accumulation; 30 steps, a rescaling every third."""
@@ -97,7 +96,7 @@ def test_two_ranks_hold_the_same_bits_and_the_weights_of_one_process(engine, res
         assert float((B @ A - expected).norm()) < 1e-6 * float(expected.norm())
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # by its fixture, whose time is counted where it is asked for first
 @pytest.mark.parametrize("engine, before, after, stop", BROKEN)
 def test_resumed_on_another_number_of_ranks_it_equals_the_unbroken_run(engine, before, after, stop, results):
     result = results(name_of(engine, before, after, stop))

@@ -82,7 +82,6 @@ def names(tmp_path, monkeypatch) -> dict:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda path: path.name)
 def test_python_blocks_run(document, names):
     if document.name == "stability.md":  # which changes models before they have adapters

@@ -325,7 +325,6 @@ def test_a_run_continues_where_it_was_interrupted(where, whole, model_folder, da
     assert not Path(f"{output}.checkpoints").exists()
 
 
-@pytest.mark.slow
 def test_the_untrained_model_over_two_processes(model_folder, data_dir, tmp_path):
     command = [
         "-m", "eval.commonsense", "--model", model_folder, "--data-dir", data_dir, "--method", "none",

@@ -163,7 +163,6 @@ def lm_eval_in_process(folder, **model):
     return [value for sample in samples for value, _ in sample["filtered_resps"]]
 
 
-@pytest.mark.slow
 def test_adapters_are_loaded_by_lm_evals_command(adapter, monkeypatch):
     """By the line in the documentation, as the merged model and unlike the base; exported ones by the stock command."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(adapter / "cache"))
@@ -178,7 +177,7 @@ def test_adapters_are_loaded_by_lm_evals_command(adapter, monkeypatch):
 
 
 def one_liner():
-    """What the documentation gives to `python -c` in the place of lm-eval's command."""
+    """Return what the documentation gives to `python -c` in the place of lm-eval's command."""
     document = (ROOT / "docs" / "evaluation.md").read_text()
     (code,) = re.findall(r'^python -c "(.*cli_evaluate.*)" --model hf', document, re.MULTILINE)
     return code

@@ -145,7 +145,6 @@ def trained_by_trainer(run, folder, **arguments):
     return model
 
 
-@pytest.mark.slow
 def test_search_continues_and_trains_with_the_best(run, tmp_path, monkeypatch):
     """Trials are runs of the settings that the script has, and one that is broken off changes nothing."""
     search, row = methods.MODULE_OF["search"], methods.row_of("search")
@@ -201,7 +200,6 @@ def one_step_of_the_head(context, model) -> torch.Tensor:
     return after.detach() - before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scalora", "torchao-int8+scalora", "bnb-nf4+scalora"])
 def test_a_step_of_the_head_arrives_whatever_the_base_is_in(run, tmp_path, name):
     """AdamW's first step is the learning rate, in every weight; bfloat16 has ten times wider gaps near 0.2."""
@@ -226,7 +224,6 @@ def test_a_merged_model_is_all_in_the_type_of_its_base(run, tmp_path):
     assert result["score"] == vars(run.task.score(again, "test"))
 
 
-@pytest.mark.slow
 def test_rows_go_through_a_fresh_process_into_the_table(place):
     """A plain model, one with fewer heads, and an adapter on a quantized one; and nothing is done twice."""
     output = place[0] / "fresh"

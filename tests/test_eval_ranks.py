@@ -38,7 +38,6 @@ def test_one_process_computes_all():
     assert over_ranks(lambda items: [10 * i for i in items], [3, 1]) == [30, 10]
 
 
-@pytest.mark.slow
 def test_every_process_has_all_results_in_order_and_computed_its_share(tmp_path):
     script = tmp_path / "shares.py"
     script.write_text(SHARES)
@@ -49,7 +48,6 @@ def test_every_process_has_all_results_in_order_and_computed_its_share(tmp_path)
     assert [rank for _, rank in first[2]] == [0, 0, 0, 1, 1]
 
 
-@pytest.mark.slow
 def test_a_run_is_that_of_one_process_with_twice_the_batch(tmp_path, monkeypatch):
     data = write_task(tmp_path, "cola", classification_rows(60))
     model = save_classifier(tmp_path / "model", **NO_DROPOUT)

@@ -213,7 +213,6 @@ RESULTS = Path(__file__).parents[1] / "results"
 SWEEPS = sorted(path.parent for path in RESULTS.rglob("plan.json"))
 
 
-@pytest.mark.slow  # its bootstrap computes metrics some thousand times
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_published_tables_are_those_of_their_runs(folder):
     assert (folder / "report.md").read_text() == report.table(str(folder), "lora") + "\n"

@@ -170,7 +170,6 @@ def test_trackers_are_told(tmp_path, monkeypatch):
 # Processes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -178,7 +178,6 @@ def test_forward_mode_derivative(name):
     assert distance(derivative, (at(1e-5) - at(-1e-5)) / 2e-5) < 1e-6
 
 
-@pytest.mark.slow
 def test_inductor(fresh_compiler):
     """The whole model as one graph, around a rescaling."""
     kind = KINDS["Linear"]

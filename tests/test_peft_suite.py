@@ -102,7 +102,6 @@ def run_suite(sdist: Path, hub_cache: Path, folder: Path, config_cls: type, test
     return json.loads(outcomes.read_text())
 
 
-@pytest.mark.slow
 def test_what_passes_with_lora_passes_with_scalora(tmp_path, capsys):
     try:
         sdist = fetch_sdist(peft.__version__, CACHE)

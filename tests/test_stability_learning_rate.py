@@ -181,7 +181,6 @@ def worker(tmp_path):
     process.wait()
 
 
-@pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path, worker, monkeypatch):
     """What one of them is at, the other leaves to it."""
     process, taken = worker
@@ -233,7 +232,6 @@ def set_back(database, table, column):
         connection.execute(f"UPDATE {table} SET {column} = datetime({column}, '-1 hour')")
 
 
-@pytest.mark.slow
 def test_what_a_killed_process_was_at_is_run_again(tmp_path, worker):
     process, lost = worker
     process.send_signal(signal.SIGKILL)

@@ -18,7 +18,7 @@ from .frontier_scores import Scored, cosine
 
 @dataclass(frozen=True)
 class Settings:
-    """What eval.baselines asks of a method."""
+    """Settings that eval.baselines reads of a method."""
 
     method: str
     r: int

@@ -1,4 +1,4 @@
-"""How runs of the frontier study are scored, and the schedule of the learning rate that they have in common.
+"""Score runs of the frontier study; the schedule of the learning rate that they have in common.
 
 Suffixes: S runs, N rows of a run, T bytes of a row, V vocabulary.
 """

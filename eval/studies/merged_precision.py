@@ -1,4 +1,4 @@
-"""What does a bfloat16 base lose by holding the accumulated change itself?
+"""Measure what a bfloat16 base loses by holding the accumulated change itself.
 
     python -m eval.studies.merged_precision --data-dir D
 

@@ -105,10 +105,7 @@ def facts_of(config: LoraConfig) -> list[tuple[str, str]]:
     settings = f"lora_alpha={config.lora_alpha}, smoothness={config.smoothness!r}, accumulator={config.accumulator!r}"
     return [
         ("base model", base),
-        (
-            "rank",
-            f"r={config.r}, and up to {columns} of accumulated change",
-        ),
+        ("rank", f"r={config.r}, and up to {columns} of accumulated change"),
         ("settings", settings + (", use_rslora" if config.use_rslora else "")),
         ("target modules", targets),
     ]

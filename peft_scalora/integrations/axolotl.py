@@ -29,7 +29,7 @@ class ScaLoRASettings(BaseModel):
 
 
 class ScaLoRAArgs(BaseModel):
-    """What the plugin adds to axolotl's configuration."""
+    """Fields that the plugin adds to axolotl's configuration."""
 
     scalora: ScaLoRASettings = Field(default_factory=ScaLoRASettings, description="Settings of `adapter: scalora`.")
 

@@ -1,4 +1,4 @@
-"""What every tool's adapter has to be: filled with accumulated change, and the same model as plain LoRA.
+"""Check what every tool's adapter has to be: filled with accumulated change, and the same model as plain LoRA.
 
 As a script, `helpers_integrations.py ADAPTER BASE NEW_FOLDER` checks an adapter of a language model, in a process that
 has not trained it.

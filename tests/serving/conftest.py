@@ -1,4 +1,4 @@
-"""What every server is given; made once."""
+"""Make what every server is given, once."""
 
 import pytest
 import torch

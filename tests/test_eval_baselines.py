@@ -93,6 +93,7 @@ def test_number_of_parameters_of_the_others(kind):
         return sum(p.numel() for p in trainable(prepared(kind, method).model).values()) - head
 
     lora = sum(2 * (m + n) for m, n in shapes)
+    assert count("lora-2r") == 2 * lora
     assert count("lora-4r") == 4 * lora
     assert count("dora") == lora + sum(m for m, n in shapes)
     assert count("mora") == sum((math.floor(math.sqrt((m + n) * 2)) // 2 * 2) ** 2 for m, n in shapes)
@@ -109,6 +110,7 @@ def test_hyperparameters_of_the_peft_methods(kind):
         return prepared(kind, method).model.peft_config["default"]
 
     assert config("lora").lora_alpha == 4  # 2 r
+    assert (config("lora-2r").r, config("lora-2r").lora_alpha) == (4, 8)
     assert (config("lora-4r").r, config("lora-4r").lora_alpha) == (8, 16)
     assert config("rslora").use_rslora and config("dora").use_dora
     assert config("pissa").init_lora_weights == "pissa_niter_16"
@@ -172,7 +174,10 @@ class Interrupted(Exception):
 
 
 # Not those of PEFT that differ from these by their layers alone.
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-4r", "rslora", "dora", "qlora", "hira", "gralora"}))
+@pytest.mark.parametrize(
+    "method",
+    sorted(METHODS.keys() - {"lora-2r", "lora-4r", "rslora", "dora", "qlora", "hira", "gralora"}),
+)
 def test_a_continued_run_is_the_uninterrupted_one(method, tmp_path):
     def interrupt(model):
         raise Interrupted

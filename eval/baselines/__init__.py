@@ -19,6 +19,7 @@ METHODS: dict[str, Callable] = {
     "full": full,
     "galore": galore,
     "lora": peft_methods.lora,
+    "lora-2r": peft_methods.lora_2r,
     "lora-4r": peft_methods.lora_4r,
     "rslora": peft_methods.rslora,
     "dora": peft_methods.dora,

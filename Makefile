@@ -53,8 +53,8 @@ seams:
 	PYTHONPATH=. .venv/seams/bin/python -m pytest -q tests/test_seams.py $(ARGS)
 
 bench: .venv/quickstart/installed
-	.venv/quickstart/bin/python -m eval.overhead --output results/overhead
-	.venv/quickstart/bin/python -m eval.studies.overhead_sweep --output results/overhead
+	OMP_NUM_THREADS=1 .venv/quickstart/bin/python -m eval.overhead --output runs/overhead
+	OMP_NUM_THREADS=1 .venv/quickstart/bin/python -m eval.studies.overhead_sweep --output runs/overhead
 
 # The oracle of the Gauss-Newton tests. Its torchvision is not used, and one that does not fit torch breaks transformers.
 ORACLE = curvlinops-for-pytorch backpack-for-pytorch

@@ -80,7 +80,7 @@ def bill_name(name: str) -> str:
     return f"{name.removeprefix('scalora ').partition(',')[0]}, rescaling" if name.startswith("scalora") else name
 
 
-PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression", "carry": "transport"}
+PARTS = {"solve": "scaling", "fold": "fold", "accumulate": "recompression and merging", "carry": "transport"}
 
 
 def split_rescaling(run: Run, ids: torch.Tensor, repeats: int, device: str) -> dict[str, float]:
@@ -140,25 +140,35 @@ def draw(path: str, summary: dict, title: str) -> None:
         [summary[name]["median"] - summary[name]["low"] for name in names],
         [summary[name]["high"] - summary[name]["median"] for name in names],
     ]
-    colours = ["tab:orange" if name.startswith("scalora") else "tab:gray" for name in names]
-    axis.barh(names, medians, xerr=spread, color=colours, height=0.6)
+    for name, median, *low_high in zip(names, medians, *spread):
+        colour = "tab:orange" if name.startswith("scalora") else "tab:gray"
+        axis.errorbar(median, name, xerr=[[each] for each in low_high], fmt="o", color=colour, capsize=3)
     axis.axvline(1, color="tab:blue", linewidth=1.2)
     axis.set(xlabel="step time over LoRA's, median and quartiles", title=title)
+    axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     save_png(figure, path)
 
 
 def table(result: dict) -> str:
-    """Return a Markdown table of time, bytes and rank by method."""
+    """Return Markdown tables: time, bytes and rank by method, and where the time of a rescaling goes."""
     bills = result["bills"]
     rows = []
     for name, row in result["summary"].items():
         bill = bills[bill_name(name)]
         relative = [f"{bill[part] / bills['lora'][part]:.3f}" for part in ("outside_of_rescalings", "peak")]
-        sizes = [f"{bill[part] / 2**20:.1f}" for part in ("host", "factors", "file")]
+        sizes = [f"{bill[part] / 2**20:.1f}" for part in ("accumulators", "host", "factors", "file")]
         rows.append([name, quartiles(row), *relative, *sizes, str(bill["served_rank"] or "not served")])
     header = ["method", "step time over LoRA (quartiles)", "device bytes over LoRA", "with rescalings"]
-    return markdown([*header, "host, MiB", "all-reduce a step, MiB", "file, MiB", "vLLM's rank"], rows)
+    header += ["accumulators, MiB", "host, MiB", "all-reduce a step, MiB", "file, MiB", "vLLM's rank"]
+    lora = statistics.median(beside for pairs in result["seconds"].values() for _, beside in pairs)
+    parts = [
+        [kind, *(f"{seconds / lora:.3f}" for seconds in spent.values())]
+        for kind, spent in result["rescaling_seconds"].items()
+    ]
+    names = list(next(iter(result["rescaling_seconds"].values())))
+    title = "One rescaling, in steps of LoRA:"
+    return f"{markdown(header, rows)}\n\n{title}\n\n{markdown(['accumulator', *names], parts)}"
 
 
 def parse() -> argparse.Namespace:
@@ -214,11 +224,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = measure_all(arguments, device)
     os.makedirs(arguments.output, exist_ok=True)
-    replace_file(os.path.join(arguments.output, "overhead.json"), json.dumps(result, indent=1))
+    replace_file(os.path.join(arguments.output, "overhead.json"), json.dumps(result, indent=1) + "\n")
+    replace_file(os.path.join(arguments.output, "overhead.md"), table(result) + "\n")
     sizes = f"{arguments.tokens} tokens, r = {arguments.r}, R = {arguments.accumulator_rank}"
     draw(os.path.join(arguments.output, "overhead.png"), result["summary"], f"{arguments.shape}, {sizes}, {device}")
-    print(f"\n{table(result)}\n\none rescaling, seconds: {json.dumps(result['rescaling_seconds'])}")
-    print(f"floor: {json.dumps(result['floor'])}")
+    print(f"\n{table(result)}\n\nfloor: {json.dumps(result['floor'])}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers_models import tiny_llama
 
+from eval import overhead
 from eval.harness.corpus import held_out_loss, in_rows, windows
 from eval.harness.record import kept, read, read_all
 from eval.harness.statistics import running, with_range
@@ -30,6 +31,8 @@ TABLES = {
     "gauss_newton/study.md": gauss_newton_tables,
     "gauss_newton/cost.md": lambda folder: gauss_newton_cost.table(read(str(folder / "cost.json"))),
     "gauss_newton/finetune/finetune.md": lambda folder: gauss_newton_finetune.table(read_all(str(folder))),
+    "overhead/overhead.md": lambda folder: overhead.table(read(str(folder / "overhead.json"))),
+    "overhead/llama-3-8b-block/overhead.md": lambda folder: overhead.table(read(str(folder / "overhead.json"))),
     "overhead/sweep.md": lambda folder: overhead_sweep.table(read(str(folder / "sweep.json"))["sweeps"]),
 }
 

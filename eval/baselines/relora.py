@@ -1,13 +1,15 @@
 """ReLoRA (arXiv 2307.05695): LoRA that is merged into the base and begun anew several times in a run.
 
-At a restart s B A is added to the base weight, A is drawn anew and B set to 0, 99% of each optimizer moment of A and B
-(the smallest in magnitude) become 0, and the learning rate warms up from 0 again.
+At a restart s B A is added to the base weight, A is drawn anew and B set to 0, 99% of the entries of the optimizer
+moments of A and B become 0 (those whose first moment is smallest in magnitude), and the learning rate warms up from 0
+again. They are the same entries in both moments: a first moment without its second is divided by almost nothing.
 Shapes: base weight (m x n) = (out, in), lora_B (m x r), lora_A (r x n).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,11 +34,12 @@ def jagged(step: int, period: int, warmup_steps: int) -> float:
     return min(1.0, step % period / max(1, warmup_steps)) if warmup_steps else 1.0
 
 
-def pruned(moment: Tensor, part: float = PRUNED) -> Tensor:
-    """Return `moment` with this part of it, the smallest in magnitude, set to zero."""
-    magnitude = moment.abs()
-    threshold = magnitude.flatten().float().kthvalue(max(1, int(part * moment.numel())))[0]
-    return torch.where(magnitude > threshold, moment, 0)
+def prune(moments: Sequence[Tensor], part: float = PRUNED) -> None:
+    """Set this part of the entries to zero in all moments: where the first of them is smallest in magnitude."""
+    magnitude = moments[0].abs().float()
+    threshold = magnitude.flatten().kthvalue(max(1, int(part * magnitude.numel())))[0]
+    for moment in moments:
+        moment.mul_(magnitude > threshold)
 
 
 def merge(layer: LoraLayer, P: Tensor, Q: Tensor) -> None:
@@ -86,9 +89,9 @@ class ReLoRACallback(TrainerCallback):
         for layer in self.layers.values():
             for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
                 state = optimizer.state.get(factor, {})
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment in state:
-                        state[moment].copy_(pruned(state[moment]))
+                moments = [state[name] for name in ("exp_avg", "exp_avg_sq") if name in state]
+                if moments:
+                    prune(moments)
 
     def effective_rank(self, model: nn.Module, tol: float = 0.01) -> dict[str, int]:
         """Return the rank of all merged changes and the present one together, per layer."""

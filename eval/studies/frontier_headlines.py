@@ -12,6 +12,7 @@ LENGTHS = (300, 1200)
 # (method, rank) -> what readers call it. A method that was not trained at both lengths has no row.
 README_ROWS = {
     ("LoRA", 2): "LoRA, r = 2",
+    ("ScaLoRA shrink", 2): "**ScaLoRA, r = 2**",
     ("LoRA", 4): "LoRA, r = 4",
     ("ScaLoRA shrink", 4): "**ScaLoRA, r = 4**",
     ("ScaLoRA column", 4): "ScaLoRA with the paper's column rule, r = 4",
@@ -24,6 +25,7 @@ README_ROWS = {
     ("LoRA", 8): "LoRA, r = 8",
     ("ScaLoRA shrink", 8): "**ScaLoRA, r = 8**",
     ("LoRA", 16): "LoRA, r = 16",
+    ("ScaLoRA shrink", 16): "**ScaLoRA, r = 16**",
     ("LoRA", 32): "LoRA, r = 32",
     ("full", 0): "the weights themselves",
 }

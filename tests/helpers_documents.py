@@ -33,6 +33,8 @@ LEFT_OUT = {
     "pip install 'peft-scalora": "needs the network; the wheel of this tree is installed in its place",
     "peft-scalora trl": "needs a data set",
     "swift": "needs an environment of its own: make test-integrations",
+    "peft-scalora export run/*/checkpoint-*": "exports what ms-swift trained: make test-integrations",
+    "python -m peft_scalora.integrations.run_script": "needs a checkout of PEFT and a GPU",
     "make quickstart": "takes minutes",
     "make lint": "CI runs it",
     "make types": "CI runs it",

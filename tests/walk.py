@@ -133,7 +133,7 @@ def walk_wheel(walk: Walk, wheel: Path) -> None:
     walk.follow([document for document in DOCUMENTS if document != README], "docs")
     apart = walk.folder / "blocks"  # the documents and the tests, without the package beside them
     apart.mkdir()
-    for part in ("docs", "tests"):
+    for part in ("docs", "examples", "tests"):
         shutil.copytree(ROOT / part, apart / part)
     for part in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / part, apart)
@@ -145,7 +145,8 @@ def walk_sdist(walk: Walk, sdist: Path, test_python: Path) -> None:
     """Install the sdist and follow README; run its own tests, and its evaluation as far as that is quick."""
     walk.install("--no-deps", "--force-reinstall", sdist)
     walk.follow([README], "README.md from the sdist")
-    walk.run_blocks_of_readme("README.md from the sdist")
+    walk.follow([], "bare, from the sdist")
+    walk.run_blocks_of_readme("bare, from the sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(sdist.parent, filter="data")
     unpacked = sdist.parent / sdist.name.removesuffix(".tar.gz")

@@ -85,3 +85,13 @@ def test_the_small_model_is_made_once_and_reads_its_own_text(monkeypatch, tmp_pa
     ids = tokenizer(text).input_ids
     assert tokenizer.unk_token_id not in ids and len(ids) == len(text)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
+
+
+def test_readme_shows_the_figures_of_a_whole_run():
+    root = EXAMPLES.parent
+    published = (root / "results" / "quickstart.md").read_text().splitlines()
+    readme = (root / "README.md").read_text().splitlines()
+    names = ("| |", "| trained numbers", "| held-out loss")
+    for name in names:
+        row = next(line for line in published if line.replace("|  |", "| |").startswith(name))
+        assert row.replace("|  |", "| |") in readme

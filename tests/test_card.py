@@ -91,8 +91,7 @@ def test_unfilled_sections_of_a_template_are_left_out_and_words_are_kept():
         assert unfilled not in card
     kept = (
         "---\nlibrary_name: peft\n---",
-        "## Training Details\n\nWords of mine.",
-        "### Framework versions\n\n- PEFT 0.21.2",
+        "## Training Details\n\nWords of mine.\n\n### Framework versions\n\n- PEFT 0.21.2",
     )
     assert all(text in card for text in kept)
     assert without_empty_sections(card) == card
@@ -104,3 +103,6 @@ def test_a_saved_adapter_has_no_unfilled_card_and_claims_no_rank(adapter, tmp_pa
     assert "[More Information Needed]" not in card and "far above r" not in card
     assert "library_name: peft" in card and "import peft_scalora" in card
     assert "can exceed r" in card and len(card.splitlines()) < 60
+    assert "\n# ScaLoRA adapter\n" in card
+    for of_the_template in ("Model ID", "Carbon emissions", "BibTeX", "Use the code below", "Contact", "Risks"):
+        assert of_the_template not in card

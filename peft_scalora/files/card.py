@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..version import install_command
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _UNFILLED = "[More Information Needed]"
+_UNTITLED = "# Model Card for Model ID"
+_TITLE = "# ScaLoRA adapter"
+_VERSIONS = "### Framework versions"
 _METRICS = ("loss", "train_loss", "step", "eval_", "test_")
 _TIMINGS = ("_runtime", "_per_second")
 _HEADING = "## Loading this ScaLoRA adapter"
@@ -74,13 +77,20 @@ def _without_unfilled_lines(block: str) -> str:
 
 
 def without_empty_sections(card: str) -> str:
-    """Return a card without the sections of PEFT's template that nobody has filled in."""
+    """Return a card without the sections of the hub's template that nobody has filled in, and with a title."""
     if _UNFILLED not in card:
         return card
+    with open(ModelCard.default_template_path, encoding="utf-8") as file:
+        template = file.read()
     blocks = [block for block in re.sub(r"<!--.*?-->", "", card, flags=re.DOTALL).split("\n\n") if block.strip()]
     kept: list[str] = []
     for block in filter(None, map(_without_unfilled_lines, blocks)):
-        while kept and _depth(kept[-1]) and 0 < _depth(block) <= _depth(kept[-1]):
+        if block == _UNTITLED:
+            block = _TITLE
+        elif not _depth(block) and block.strip() in template:
+            continue  # words of the template, which stand in every card
+        depth = 2 if block == _VERSIONS else _depth(block)  # PEFT adds it below the last section of all
+        while kept and _depth(kept[-1]) and 0 < depth <= _depth(kept[-1]):
             kept.pop()  # a heading without text, followed by another that is no part of it
         kept.append(block)
     while kept and _depth(kept[-1]):

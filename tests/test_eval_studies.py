@@ -32,9 +32,10 @@ TABLES = {
     "gauss_newton/cost.md": lambda folder: gauss_newton_cost.table(read(str(folder / "cost.json"))),
     "gauss_newton/finetune/finetune.md": lambda folder: gauss_newton_finetune.table(read_all(str(folder))),
     "overhead/overhead.md": lambda folder: overhead.table(read(str(folder / "overhead.json"))),
-    "overhead/llama-3-8b-block/overhead.md": lambda folder: overhead.table(read(str(folder / "overhead.json"))),
     "overhead/sweep.md": lambda folder: overhead_sweep.table(read(str(folder / "sweep.json"))["sweeps"]),
 }
+SHAPES = ("llama-3-8b-block", "smollm2-135m-bfloat16")
+TABLES |= {f"overhead/{shape}/overhead.md": TABLES["overhead/overhead.md"] for shape in SHAPES}
 
 
 @pytest.mark.parametrize("name", TABLES)

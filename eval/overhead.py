@@ -135,14 +135,11 @@ def draw(path: str, summary: dict, title: str) -> None:
     """Plot step time over LoRA by method, with quartiles."""
     names = [name for name in summary if name != "lora"]
     figure, axis = require_matplotlib().subplots(figsize=(7, 3.6))
-    medians = [summary[name]["median"] for name in names]
-    spread = [
-        [summary[name]["median"] - summary[name]["low"] for name in names],
-        [summary[name]["high"] - summary[name]["median"] for name in names],
-    ]
-    for name, median, *low_high in zip(names, medians, *spread):
+    for name in names:
+        row = summary[name]
+        low_high = [[row["median"] - row["low"]], [row["high"] - row["median"]]]
         colour = "tab:orange" if name.startswith("scalora") else "tab:gray"
-        axis.errorbar(median, name, xerr=[[each] for each in low_high], fmt="o", color=colour, capsize=3)
+        axis.errorbar(row["median"], name, xerr=low_high, fmt="o", color=colour, capsize=3)
     axis.axvline(1, color="tab:blue", linewidth=1.2)
     axis.set(xlabel="step time over LoRA's, median and quartiles", title=title)
     axis.grid(axis="x", alpha=0.3)

@@ -173,10 +173,16 @@ def time_steps(found: Mapping[Contender, Sequence[dict]], blocks: int = 4, steps
     return {contender: statistics.median(values) for contender, values in seconds.items()}
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, 0 of a single seed."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
 def with_error(values: Sequence[float], form: str = ".3f") -> str:
     """Return "mean ± standard error", or the value of a single seed."""
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    mean, error = mean_and_error(values)
+    return f"{mean:{form}}" if len(values) == 1 else f"{mean:{form}} ± {error:.3f}"
 
 
 def format_table(found: Mapping[Contender, Sequence[dict]], seconds: Mapping[Contender, float]) -> str:
@@ -207,9 +213,7 @@ def plot(found: Mapping[Contender, Sequence[dict]], path: str) -> None:
         for axis, name in zip(axes[0], ("eval_loss", "scalora/effective_rank")):
             curves = [{entry["step"]: entry[name] for entry in run["log"] if name in entry} for run in runs]
             steps = sorted(curves[0])
-            values = [[curve[step] for curve in curves] for step in steps]
-            means = [statistics.fmean(each) for each in values]
-            errors = [statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0 for each in values]
+            means, errors = zip(*(mean_and_error([curve[step] for curve in curves]) for step in steps))
             axis.errorbar(
                 steps, means, errors, label=str(contender), linewidth=1.6, marker="o", markersize=3, capsize=3
             )

@@ -1,4 +1,4 @@
-"""What the documentation answers to PEFT's question which layers a method can adapt.
+"""Check what the documentation answers to PEFT's question: which layers a method can adapt.
 
 Several adapters, merging, mixed batches, weighted sums, hotswap and conversion have tests of what they compute:
 test_model_adapters, test_model_combining, test_layer_scale and test_lora_only.

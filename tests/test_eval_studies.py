@@ -44,6 +44,11 @@ def test_published_tables_are_those_of_their_runs(name):
     assert path.read_text().rstrip("\n") == TABLES[name](path.parent).rstrip("\n")
 
 
+def test_the_page_of_costs_shows_the_tables_of_every_shape():
+    page = (RESULTS / "overhead.md").read_text()
+    assert all((RESULTS / name).read_text() in page for name in TABLES if name.endswith("overhead.md"))
+
+
 def test_windows_are_pieces_of_the_stream_and_rows_are_its_start():
     stream = torch.arange(20)
     found = windows(stream, 5, 200, torch.Generator().manual_seed(0))

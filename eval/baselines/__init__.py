@@ -6,6 +6,7 @@ A method is a function (model, settings, batches) -> Prepared; `METHODS` is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -19,8 +20,8 @@ METHODS: dict[str, Callable] = {
     "full": full,
     "galore": galore,
     "lora": peft_methods.lora,
-    "lora-2r": peft_methods.lora_2r,
-    "lora-4r": peft_methods.lora_4r,
+    "lora-2r": partial(peft_methods.wider_lora, 2),
+    "lora-4r": partial(peft_methods.wider_lora, 4),
     "rslora": peft_methods.rslora,
     "dora": peft_methods.dora,
     "pissa": peft_methods.pissa,

@@ -38,14 +38,9 @@ def lora(model, settings, batches, **options) -> Prepared:
     return Prepared(get_peft_model(model, config), effective_rank=effective_rank)
 
 
-def lora_2r(model, settings, batches) -> Prepared:
-    """Prepare LoRA of rank 2r with the same alpha / r."""
-    return lora(model, replace(settings, r=2 * settings.r, lora_alpha=2 * settings.alpha), batches)
-
-
-def lora_4r(model, settings, batches) -> Prepared:
-    """Prepare LoRA of rank 4r with the same alpha / r."""
-    return lora(model, replace(settings, r=4 * settings.r, lora_alpha=4 * settings.alpha), batches)
+def wider_lora(factor: int, model, settings, batches) -> Prepared:
+    """Prepare LoRA of `factor` times the rank with the same alpha / r."""
+    return lora(model, replace(settings, r=factor * settings.r, lora_alpha=factor * settings.alpha), batches)
 
 
 def rslora(model, settings, batches) -> Prepared:
